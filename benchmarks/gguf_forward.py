@@ -11,15 +11,12 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import gelu, rms_norm, silu
 
-NEOX = (
-    "qwen2",
-    "qwen3",
-    "qwen3moe",
-    "olmoe",
-)  # row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1
-WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3", "qwen3moe", "olmoe")
+GEMMA = {"gemma2": (2, 46), "gemma3": (6, 62)}  # every which layer is full, and the layers of the largest model
+# Row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1.
+NEOX = ("qwen2", "qwen3", "qwen3moe", "olmoe", *GEMMA)
+WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3", "qwen3moe", "olmoe", *GEMMA)
 WITH_BIASES = ("llama", "deci", "granite")
 
 
@@ -84,12 +81,24 @@ def logits(file: File, ids: Tensor) -> Tensor:
 
     embeddings = file.tensor("token_embd.weight", (rows, hidden))
     x = embeddings[ids] * (file.key("embedding_scale", 1.0) if architecture == "granite" else 1)
+    if architecture in GEMMA:
+        x = x * hidden**0.5
     residual = file.key("residual_scale", 1.0) if architecture == "granite" else 1
     scale = (file.key("attention.scale") if architecture == "granite" else None) or width**-0.5
     angles = _angles(file, width, ids.shape[1])
+    full_every, largest = GEMMA.get(architecture, (1, 0))
+    if file.key("block_count") == largest:
+        scale = (hidden // heads[0]) ** -0.5
+    if architecture == "gemma3":  # whose sliding layers have a base of their own and no scaling
+        pair = torch.arange(width // 2, dtype=torch.float64)
+        local = torch.arange(ids.shape[1], dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / width)
+        assert file.key("rope.freq_base_swa") == 10000.0
     causal = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=file.dtype).triu(1)
     for layer in range(file.key("block_count")):
-        block = f"blk.{layer}"
+        block, turned, mask = f"blk.{layer}", angles, causal
+        if (layer + 1) % full_every:
+            mask = causal + torch.full_like(causal, -torch.inf).tril(-file.key("attention.sliding_window"))
+            turned = (local.cos(), local.sin()) if architecture == "gemma3" else angles
         normed = norm(x, f"{block}.attn_norm.weight")
         counts = heads[layer], kv_heads[layer], kv_heads[layer]
         query, key, value = (
@@ -104,23 +113,35 @@ def logits(file: File, ids: Tensor) -> Tensor:
         )
         if architecture == "qwen2":
             assert heads[layer] * width == hidden
-        if architecture in ("qwen3", "qwen3moe"):
+        if architecture in ("qwen3", "qwen3moe", "gemma3"):
             query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
         if architecture != "smollm3" or (layer + 1) % 4 != 0:
-            query, key = (_rotate(states, angles, architecture in NEOX) for states in (query, key))
+            query, key = (_rotate(states, turned, architecture in NEOX) for states in (query, key))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         key, value = (s.repeat_interleave(heads[layer] // kv_heads[layer], dim=1) for s in (key, value))
-        weights = (query @ key.transpose(-1, -2) * scale + causal).softmax(-1)
+        scores = query @ key.transpose(-1, -2) * scale
+        if architecture == "gemma2":
+            scores = _capped(scores, file.key("attn_logit_softcapping", 50.0))
+        weights = (scores + mask).softmax(-1)
         mixed = (weights @ value).transpose(1, 2).flatten(2)
-        x = x + residual * file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
+        attended = file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
+        if architecture in GEMMA:
+            attended = norm(attended, f"{block}.post_attention_norm.weight")
+        x = x + residual * attended
         normed = norm(x, f"{block}.ffn_norm.weight")
         if file.key("expert_count", 0):
             x = x + _experts(file, normed, block, inner[layer])
             continue
         gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
-        x = x + residual * file.linear(silu(gate) * up, f"{block}.ffn_down", hidden, bias=biases)
+        active = gelu(gate, approximate="tanh") if architecture in GEMMA else silu(gate)
+        added = file.linear(active * up, f"{block}.ffn_down", hidden, bias=biases)
+        if architecture in GEMMA:
+            added = norm(added, f"{block}.post_ffw_norm.weight")
+        x = x + residual * added
     head = file.tensor("output.weight", (rows, hidden)) if "output.weight" in file.tensors else embeddings
     output = norm(x, "output_norm.weight") @ head.T
+    if architecture == "gemma2":
+        return _capped(output, file.key("final_logit_softcapping", 30.0))
     return output / (file.key("logit_scale") if architecture == "granite" else 1)
 
 
@@ -138,6 +159,10 @@ def _experts(file: File, x: Tensor, block: str, inner: int) -> Tensor:
         share = (weights * (chosen == expert)).sum(-1, keepdim=True)
         total = total + share * ((silu(x @ gate[expert].T) * (x @ up[expert].T)) @ down[expert].T)
     return total
+
+
+def _capped(values: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(values / cap)
 
 
 def _angles(file: File, width: int, length: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ for: the order of the rows that RoPE rotates, and multipliers that only Granite'
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ class Architecture:
     the MLP (q, k and v may have one everywhere). factors: RoPE frequencies scaled one by one. skips: every which layer
     has no RoPE; 0 for none. multipliers: Granite's. experts: whether it has them in place of the MLP; sums_to_one:
     whether the weights of a token's experts are then divided by their sum. norm_over_heads: whether queries and keys
-    have one norm over all heads.
+    have one norm over all heads. full_every: of Gemma's, every which layer sees all tokens; 0 for others. largest: how
+    many layers its largest model has, whose scores llama.cpp scales by hidden_size and heads.
+    activation: of the MLP, by its name in transformers.
     """
 
     name: str
@@ -58,6 +61,9 @@ class Architecture:
     biases: bool = True
     factors: bool = True
     qk_norm: bool = False
+    full_every: int = 0
+    largest: int = 0
+    activation: str = "silu"
     skips: int = 0
     multipliers: bool = False
     experts: bool = False
@@ -77,6 +83,10 @@ class Architecture:
         if rotated != [not self.skips or (layer + 1) % self.skips != 0 for layer in range(len(rotated))]:
             yield "RoPE in just these layers"
         biases = family.biases(config)
+        if (family.blocks is not BLOCKS) != bool(self.full_every):
+            yield "norms behind the blocks"
+        if self.full_every:
+            yield from self._lacks_of_gemma(config)
         if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
         has_experts = isinstance(family, ExpertFamily)
@@ -89,9 +99,27 @@ class Architecture:
         if self.norm_over_heads and shapes[0].num_key_value_heads != shapes[0].num_attention_heads:
             yield "norms over fewer key heads than query heads"
         if not self.factors and _rope(config).factors:
-            yield f"RoPE scaling of type {cast(dict[str, Any], config.rope_parameters)['rope_type']}"
+            yield f"RoPE scaling of type {cast(dict[str, Any], _with_one_rope(config).rope_parameters)['rope_type']}"
+
+    def _lacks_of_gemma(self, config: CutConfig) -> Iterator[str]:
+        layers = range(config.num_hidden_layers)
+        full = [config.window(layer) is None for layer in layers]
+        if full != [(layer + 1) % self.full_every == 0 for layer in layers]:
+            yield "full attention in just these layers"
+        if config.attention_bias:
+            yield "biases of q, k and v"
+        if not config.tie_word_embeddings:
+            yield "a head of its own"
+        caps = declared(config, "attn_logit_softcapping", None), declared(config, "final_logit_softcapping", None)
+        if (None in caps) if self.name == "gemma2" else caps != (None, None):
+            yield "these soft caps"
+        parameters: Any = config.rope_parameters
+        if self.name == "gemma3" and parameters["sliding_attention"] != _SLIDING_ROPE:
+            yield "this RoPE of sliding layers"
 
 
+_SLIDING_BASE = 10_000.0  # of RoPE in Gemma 3's sliding layers, as llama.cpp has it
+_SLIDING_ROPE = {"rope_type": "default", "rope_theta": _SLIDING_BASE}
 _OWN = {
     "qwen2": Architecture("qwen2", neighbours=False, any_heads=False, biases=False, factors=False),
     "qwen3": Architecture("qwen3", neighbours=False, biases=False, factors=False, qk_norm=True),
@@ -101,7 +129,15 @@ _OWN = {
     "qwen3_moe": Architecture("qwen3moe", neighbours=False, biases=False, factors=False, qk_norm=True, experts=True),
     "olmoe": Architecture(
         "olmoe", neighbours=False, any_heads=False, biases=False, factors=False, experts=True, sums_to_one=False,
-        norm_over_heads=True,
+        qk_norm=True, norm_over_heads=True,
+    ),
+    "gemma2": Architecture(
+        "gemma2", neighbours=False, biases=False, factors=False, full_every=2, largest=46,
+        activation="gelu_pytorch_tanh",
+    ),
+    "gemma3_text": Architecture(
+        "gemma3", neighbours=False, biases=False, factors=False, qk_norm=True, full_every=6, largest=62,
+        activation="gelu_pytorch_tanh",
     ),
 }  # fmt: skip
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
@@ -165,7 +201,11 @@ def write_gguf(
         finally:
             writer.close()
     rope = _rope(config).remark
-    remarks += [*_window_remark(config), *([rope] if rope else []), *_fallback_remark(weights, held, wanted)]
+    remarks += [
+        *_window_remark(config, architecture),
+        *([rope] if rope else []),
+        *_fallback_remark(weights, held, wanted),
+    ]
     return remarks
 
 
@@ -178,14 +218,16 @@ class _Written(np.ndarray):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the model; heads: number of heads whose rows take the order that neighbours=True wants, or 0.
+    """A tensor of the model, which the file holds as (tensor + offset) * factor.
 
+    heads: number of heads whose rows take the order that neighbours=True wants, or 0.
     exact: whether it stays float32, as routers do.
     """
 
     tensor: Tensor
     heads: int = 0
     factor: float = 1.0
+    offset: float = 0.0
     exact: bool = False
 
     def values(self) -> np.ndarray:
@@ -194,6 +236,7 @@ class _Weight:
         if self.heads:
             rotated = values.view(self.heads, 2, -1, *values.shape[1:])  # [heads, half of a head, row in it, ...]
             values = rotated.transpose(1, 2).reshape(values.shape)
+        values = values + self.offset if self.offset else values
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
 
 
@@ -202,7 +245,17 @@ def _shapes(config: CutConfig) -> list[LayerShape]:
 
 
 def _rope(config: CutConfig) -> Rope:
-    return cast(Rope, rope_of(config))  # a model without is refused before anything else
+    return cast(Rope, rope_of(_with_one_rope(config)))  # a model without is refused before anything else
+
+
+def _with_one_rope(config: CutConfig) -> CutConfig:
+    """The config with the RoPE of full attention, where layers differ in it."""
+    parameters = cast(dict[str, Any], config.rope_parameters)
+    if "full_attention" not in parameters:
+        return config
+    flat: Any = copy.copy(config)
+    flat.rope_parameters = parameters["full_attention"]
+    return cast(CutConfig, flat)
 
 
 def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
@@ -226,11 +279,12 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
     if config.shortcuts:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     family = family_of(config)
-    if family.own_attention or family.blocks is not BLOCKS:
+    own = _OWN.get(config.family, _ANY[0])
+    if (family.own_attention and not own.norm_over_heads) or (family.blocks is not BLOCKS and not own.full_every):
         yield "its blocks are not those of Llama, which the architectures here hold", "use its folder with transformers"
-    if (activation := family.hidden_act(config)) != "silu":
-        yield f"its activation is {activation}, and llama.cpp has silu", "use its folder with transformers"
-    if rope_of(config) is None:
+    if (activation := family.hidden_act(config)) != own.activation:
+        yield f"its activation is {activation}, and llama.cpp has {own.activation}", "use its folder with transformers"
+    if rope_of(_with_one_rope(config)) is None:
         yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 
 
@@ -275,13 +329,21 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    # Within a window sliding attention is full attention, the only kind that these architectures have.
-    writer.add_context_length(min(config.max_position_embeddings, _window(config) or config.max_position_embeddings))
+    length, window = config.max_position_embeddings, _window(config)
+    # Within a window sliding attention is full attention, the only kind that most architectures have.
+    writer.add_context_length(length if window is None or architecture.full_every else min(length, window))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(config.head_dim)
-    writer.add_rope_freq_base(cast(dict[str, Any], config.rope_parameters)["rope_theta"])
+    writer.add_rope_freq_base(cast(dict[str, Any], _with_one_rope(config).rope_parameters)["rope_theta"])
     _rope(config).add_keys(writer)
+    if architecture.full_every:
+        writer.add_sliding_window(window if window is not None else length)
+        if architecture.name == "gemma2":
+            writer.add_attn_logit_softcapping(declared(config, "attn_logit_softcapping", None))
+            writer.add_final_logit_softcapping(declared(config, "final_logit_softcapping", None))
+        else:
+            writer.add_rope_freq_base_swa(_SLIDING_BASE)
     if architecture.multipliers:
         factors = _factors(config)
         if factors["attention_multiplier"] is not None:
@@ -295,6 +357,9 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     """The tensors of the file by their names in it."""
     names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
     folded = {} if architecture.multipliers else _multipliers(config)
+    if architecture.full_every:
+        folded = {"q_norm" if architecture.qk_norm else "q_proj": _gemma_scale(config, architecture)}
+    unit_offset = family_of(config).unit_offset
     tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
     yield from ((name, _Weight(factors)) for name, factors in _rope(config).factors.items())
     family = family_of(config)
@@ -313,7 +378,9 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
-        yield found, _Weight(tensor, heads, folded.get(module, 1.0), exact=router is not None and f".{router}." in name)
+        offset = 1.0 if unit_offset and "norm" in module else 0.0
+        exact = router is not None and f".{router}." in name
+        yield found, _Weight(tensor, heads, folded.get(module, 1.0), offset, exact)
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -344,6 +411,14 @@ def _multipliers(config: CutConfig) -> dict[str, float]:
     }
 
 
+def _gemma_scale(config: CutConfig, architecture: Architecture) -> float:
+    """The scale of scores as a multiple of what llama.cpp takes, which for the largest model goes by the heads."""
+    largest = config.num_hidden_layers == architecture.largest
+    width = config.hidden_size // _shapes(config)[0].num_attention_heads if largest else config.head_dim
+    scalar: float = declared(config, "query_pre_attn_scalar", width)
+    return (width / scalar) ** 0.5
+
+
 def _held_as(weight: _Weight, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type of one tensor: blocks run along rows, so not every width can be quantized."""
     if weight.exact or weight.tensor.dim() < 2:
@@ -351,8 +426,10 @@ def _held_as(weight: _Weight, wanted: GGMLQuantizationType) -> GGMLQuantizationT
     return GGMLQuantizationType.F16 if weight.tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _window_remark(config: CutConfig) -> Iterator[str]:
+def _window_remark(config: CutConfig, architecture: Architecture) -> Iterator[str]:
     window = _window(config)
+    if architecture.full_every:
+        return
     if window is not None and window < config.max_position_embeddings:
         yield (
             f"the context length in the file is {window} of {config.max_position_embeddings} tokens, because llama.cpp "

@@ -27,9 +27,11 @@ def _own_if_heads_divide(name: str) -> Callable[[PretrainedConfig], str | None]:
     return lambda config: None if config.hidden_size % config.num_attention_heads else name
 
 
-def _is_causal(config: PretrainedConfig) -> str | None:
+def _gemma_limit(config: PretrainedConfig) -> str | None:
     if declared(config, "use_bidirectional_attention", None):
         return "its tokens see those behind them (use_bidirectional_attention), and losses here are of the next token"
+    if family_name(config.model_type) == "gemma3_text" and config.attn_logit_softcapping is not None:
+        return "attn_logit_softcapping is set, which transformers' class leaves out: make it null in config.json"
     return None
 
 
@@ -58,7 +60,7 @@ _OLMO: dict[str, Any] = {
 }  # fmt: skip
 _GEMMA: dict[str, Any] = {
     "biases": _of_attention,
-    "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _is_causal,
+    "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _gemma_limit,
 }  # fmt: skip
 
 FAMILIES: dict[str, Family] = {

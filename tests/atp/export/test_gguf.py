@@ -33,6 +33,7 @@ YARN = {
 MULTIPLIERS = {
     "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.125,
 }  # fmt: skip
+GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 20}
 TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama": {},
@@ -66,6 +67,18 @@ MODELS = {
     "olmoe-grouped": {"num_experts": 8, "num_experts_per_tok": 3},
     "olmoe-clipped": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4, "clip_qkv": 3.0},
     "granite-tied-llama3": MULTIPLIERS | TIED | {"rope_parameters": LLAMA3},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma2-uncapped": GEMMA | {"final_logit_softcapping": None},
+    "gemma2-large": GEMMA | {"num_hidden_layers": 46},
+    "gemma3_text": GEMMA | {"num_hidden_layers": 7},
+    "gemma3_text-linear": GEMMA | {
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "gemma3_text-alternating": GEMMA | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
 }  # fmt: skip
 # The architecture of the whole model, of one cut to equal widths, and of one with a width per layer; None is refused.
 EXPECTED = {
@@ -86,6 +99,10 @@ EXPECTED = {
     "olmoe": ("olmoe", "olmoe", None),
     "olmoe-grouped": (None, None, None),
     "olmoe-clipped": (None, None, None),
+    "gemma2": ("gemma2", "gemma2", None),
+    "gemma2-uncapped": (None, None, None),
+    "gemma3_text": ("gemma3", "gemma3", None),
+    "gemma3_text-alternating": (None, None, None),
 }
 WIDTHS = ("whole", "equal", "unequal")
 CASES = [
