@@ -40,7 +40,8 @@ def test_llama_cpp_computes_the_models_probabilities(tmp_path, name, widths):
             expected = model(ids[None, :length]).logits[0, -1].log_softmax(-1)
             found = runtime.log_probabilities(ids[:length], VOCAB, letter)
             actual = torch.tensor([found[token] for token in range(VOCAB)])
-            assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+            allowed = 1e-3 if "gemma" in name else 1e-4  # llama.cpp looks GELU up in a table of half precision
+            assert (actual - expected).abs().max() <= allowed * expected.abs().max()
 
 
 TOKENIZERS = {
