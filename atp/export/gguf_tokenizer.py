@@ -174,7 +174,9 @@ def _prepends_space(content: dict[str, Any]) -> bool:
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepends = {"type": "Prepend", "prepend": _SPACE}
-    if pre_tokenizer is None and replaces in steps and all(step in (replaces, prepends) for step in steps):
+    # Gemma's pre-tokenizer splits at spaces, of which the normalizer has left none.
+    idle = pre_tokenizer is None or (pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "})
+    if idle and replaces in steps and all(step in (replaces, prepends) for step in steps):
         return prepends in steps
     if normalizer is None and pre_tokenizer is not None and pre_tokenizer["type"] == "Metaspace":
         if pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:

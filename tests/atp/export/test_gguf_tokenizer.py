@@ -86,6 +86,7 @@ def test_sentencepiece(tmp_path, metaspace):
         ("first", None, True, "a text with special tokens inside has other tokens there"),
         ("always", MARKED, True, None),
         ("never", MARKED, False, None),
+        ("gemma", MARKED, False, None),
         (None, MARKED, True, None),
     ],
 )

@@ -49,6 +49,7 @@ TOKENIZERS = {
     "bos": lambda: byte_level("llama-bpe", bos=True),
     "sentencepiece": sentencepiece,
     "metaspace": lambda: sentencepiece(metaspace="first"),
+    "gemma": lambda: sentencepiece(metaspace="gemma"),
 }
 
 

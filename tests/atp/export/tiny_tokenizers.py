@@ -70,7 +70,8 @@ def byte_level(name="gpt-2", vocab_size=340, template="{{ messages[0]['content']
 def sentencepiece(*, metaspace=None, complete=True, template=None):
     """BPE with byte tokens as in Llama 2. complete: whether every way to split a token is a merge.
 
-    metaspace: when the newer pre-tokenizer puts a space before a text: `first`, `always` or `never`.
+    metaspace: when the newer pre-tokenizer puts a space before a text: `first`, `always` or `never`; `gemma` for spaces
+    as Gemma's tokenizer treats them.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -87,7 +88,10 @@ def sentencepiece(*, metaspace=None, complete=True, template=None):
     if not complete:
         merges = merges[:-1]
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if metaspace:
+    if metaspace == "gemma":
+        core.normalizer = normalizers.Replace(" ", "▁")
+        core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif metaspace:
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
     else:
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
