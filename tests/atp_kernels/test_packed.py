@@ -126,6 +126,9 @@ def seen_by(kind, batch, tokens):
     if kind == "causal":
         return None, causal
     own = SAMPLES[:batch] if kind != "one for all rows" else SAMPLES[:1]
+    if tokens != SAMPLES.shape[1]:
+        drawn = torch.randint(4, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        own = drawn.sort(-1).values
     mask = causal & (own[:, None, :, None] == own[:, None, None, :])
     if kind == "a token that sees nothing":
         mask[0, 0, 2] = False
@@ -137,6 +140,7 @@ def seen_by(kind, batch, tokens):
     [
         ("causal", 3, 7, 4, 2, 8),
         ("causal", 5, 130, 8, 2, 4),  # more scores than are computed together
+        ("each row its own", 5, 130, 8, 2, 4),
         ("each row its own", 3, 7, 3, 1, 10),
         ("each row its own", 1, 7, 2, 2, 18),
         ("one for all rows", 3, 7, 6, 3, 2),
