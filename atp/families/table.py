@@ -44,7 +44,7 @@ _AROUND = (
     Block("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 _NORMS_OF_HEADS = "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"
-_READ_WHOLE = "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use kv_group"
+_READ_WHOLE = "an RMSNorm reads all that a block gives: use kv_group"
 _BEHIND = (
     Block("self_attn", None, "post_attention_layernorm"),
     Block("mlp", None, "post_feedforward_layernorm"),
@@ -55,7 +55,7 @@ _OLMO: dict[str, Any] = {
     "qk_norm": True, "norms_all_heads": True, "own_attention": True, "blocks": _BEHIND, "space": "mlp",
     "inexact": {
         "kv_group": _NORM_OF_ALL_HEADS, "head_dim": _NORM_OF_ALL_HEADS,
-        "disp": "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use mlp",
+        "disp": "an RMSNorm reads all that a block gives: use mlp",
     },
 }  # fmt: skip
 _GEMMA: dict[str, Any] = {
