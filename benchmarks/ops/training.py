@@ -5,7 +5,7 @@ from functools import partial
 
 from benchmarks.case import Case, Op, Variants, Work
 
-_TESTS = ("tests/atp/lora", "tests/atp/decide", "tests/atp/removal", "tests/atp/training/test_decisions.py")
+_TESTS = ("tests/atp/lora", "tests/atp/decide", "tests/atp/removal")
 
 
 def step_work(case: Case, *, keep: float | None = None) -> dict[str, Work]:

@@ -6,6 +6,7 @@ import torch
 from atp_kernels.groups.bench import factor_shapes
 from benchmarks.agreement import disagreements
 from benchmarks.case import Case, Op, Variant, Work, ready
+from benchmarks.gate import ROOT
 from benchmarks.limits import Limits
 from benchmarks.registry import OPS, cases, find_ops
 from benchmarks.shapes import find_model
@@ -23,6 +24,11 @@ def test_names_are_distinct_and_patterns_choose_among_them_and_unknown_ones_are_
         find_ops(["linear_*", "linera"])
     with pytest.raises(ValueError, match="unknown model '9b': use one of tiny, smollm2-135m"):
         find_model("9b")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_tests_that_an_operation_waits_for_exist(op):
+    assert op.tests and not [test for test in op.tests if not (ROOT / test).exists()]
 
 
 @pytest.mark.parametrize(
