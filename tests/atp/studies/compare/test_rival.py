@@ -1,11 +1,15 @@
 """A rival in `atp compare`: another model with another tokenizer, the same documents, and as long as ATP trained."""
 
+import copy
 import json
 import random
+import shutil
+import signal
 
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_callbacks import StopAt
 from tiny_tokenizers import TEXTS, byte_level
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -13,9 +17,10 @@ from atp.baselines.tuner import stock_lora
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.evaluation.perplexity import ScoredWindows, bytes_of, windows_of
-from atp.ground.errors import InputError
+from atp.ground.errors import InputError, Interrupted
 from atp.lora.layer import lora_config
-from atp.studies.compare import Comparison
+from atp.removal import reference_logits
+from atp.studies.compare import Comparison, baseline_run
 from atp.studies.compare.arms import Arm, compared
 from atp.studies.compare.results import trained_seconds
 from atp.studies.compare.rival import RivalRun
@@ -171,6 +176,14 @@ def test_an_unknown_family_trains_as_stock_peft_does(settings):
         torch.testing.assert_close(gradient, trained[name])
 
 
+def test_its_narrow_weights_are_widened_for_the_certificate():
+    model, ids = neox(40).bfloat16().eval(), torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float()(ids).logits
+    torch.testing.assert_close(reference_logits(model, ids), expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_windows_of_another_tokenizer_hold_the_same_text():
     """By hand: windows of 3, 5 and 4 bytes; the first position of a window is not predicted."""
     sizes = torch.tensor([[9, 1, 2], [9, 4, 1], [9, 2, 2]])
@@ -194,3 +207,24 @@ def test_rivals_come_last_and_wrong_ones_are_refused_at_once(settings, tmp_path)
     with pytest.raises(InputError, match="data.length is 64, but the model has only 32 positions"):
         Comparison(config, [f"model:{short}"], [0], tmp_path / "out", resume=False, command="").execute()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_rival_keeps_its_number_of_steps(finished, settings, monkeypatch):
+    """The last test of the comparison, whose member it runs once more."""
+    folder, tuner = finished[0], baseline_run.LoraTuner
+    shutil.rmtree(next(path for path in folder.iterdir() if path.name.endswith("small-seed0")))
+
+    def stopping(*given, callbacks, **options):
+        return tuner(*given, callbacks=[*callbacks, StopAt(2, signal.SIGTERM)], **options)
+
+    def again():
+        Comparison(settings[0], ["atp", settings[1]], [0], folder, resume=True, command="atp compare").execute()
+
+    monkeypatch.setattr(baseline_run, "LoraTuner", stopping)
+    monkeypatch.setattr(RivalRun, "_seconds_per_step", lambda self, *_: 60 * self.asked.training.minutes / 5.5)
+    with pytest.raises(Interrupted):
+        again()
+    monkeypatch.setattr(baseline_run, "LoraTuner", tuner)
+    monkeypatch.setattr(RivalRun, "_seconds_per_step", lambda *_: pytest.fail("its steps are known"))
+    again()
+    assert [json.loads(line)["step"] for line in metrics(folder, "small")] == [1, 2, 3, 4, 5]
