@@ -16,6 +16,7 @@ from atp.config import ATPConfig, ResolvedConfig
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
+from atp.evaluation.perplexity import ScoredWindows
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.export.card import add_results, license_of
@@ -207,7 +208,7 @@ class Run:
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
         told = data.splits.remarks[1:] if self.outlined else data.splits.remarks  # the outline describes the data
         said = [*told, *timed, *slow_precision(config), *run_remarks(asked, config, shapes, data)]
-        load = partial(load_model, config.model, config.decisions.space)
+        load = partial(self._load, config)
         with loading.reading("model"):
             model = load() if processes.sharded() else processes.main_first(load)
         self._check_model(model)
@@ -226,13 +227,20 @@ class Run:
         """Makes the choices that the config leaves open, by the data and by what was measured; the data under these."""
         asked, steps = self.asked, None
         if asked.training.budget:
-            (sample, scored), (calibrated, _) = averages(data.train), averages(data.calibration)
-            self.length = measured_length(asked, sample, scored, calibrated=calibrated, latency=self.latency)
+            self.length = self._measured_length(asked, data)
             steps = None if self.length is None else self.length["steps"]
         config = processes.on_main(lambda: resolve(asked, latency=self.latency, steps=steps))
         if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
             data = processes.main_first(lambda: load_data(config, tokenizer))
         return resolve(config, train=data.train), data
+
+    def _measured_length(self, asked: ATPConfig, data: RunData) -> dict[str, Any] | None:
+        (sample, scored), (calibrated, _) = averages(data.train), averages(data.calibration)
+        return measured_length(asked, sample, scored, calibrated=calibrated, latency=self.latency)
+
+    def _load(self, config: ATPConfig) -> PreTrainedModel:
+        """The model that the run begins with."""
+        return load_model(config.model, config.decisions.space)
 
     def _start(self) -> None:
         """Opens the folder and writes its inputs' fingerprints; on resume compares them, or raises `InputError`."""
@@ -317,12 +325,13 @@ class Run:
     ) -> dict[str, Any]:
         heap.give_back()
         model, settings = placed(model), self.config.evaluation
+        windows, count = self._windows(data, tokenizer)
         autocast = autocast_dtype(self.config.training.precision)
         with progress.Bars(transient=True, disable=not processes.is_main()) as display:
             scores = evaluate_model(
-                model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,
+                model, tokenizer, windows, data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
-                max_windows=settings.windows, max_examples=settings.questions,
+                max_windows=count, max_examples=settings.questions,
                 seed=self.config.seed, autocast=autocast,
                 progress=bars(display, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
@@ -333,13 +342,18 @@ class Run:
             scores["samples"] = sample_answers(model, tokenizer, shown, autocast=autocast)
         return scores
 
+    def _windows(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> tuple[ScoredWindows, int]:
+        """The held-out windows, and how many of them are scored."""
+        count = self.config.evaluation.windows
+        return packed_windows(data.test, tokenizer, count), count
+
     def _time(self, load: Callable[[], CausalLM]) -> None:
         """Times the original and the final model in turns, unless that is done, so that their ratio is fair."""
         scores = processes.on_main(self._scores)
         names = ("original", "final")
         if all(isinstance(scores[name].get("speed"), dict) for name in names):
             return
-        both = (partial(load_model, self.config.model, self.config.decisions.space), load)
+        both = (partial(self._load, self.config), load)
 
         def speeds() -> list[dict[str, float]]:
             heap.give_back()
@@ -418,7 +432,7 @@ class Run:
         return {
             "target_keep": self.config.decisions.target_keep,
             "rounding": rounding(self.config, load_shapes(self.config.model)),
-            "keep_decoder": after["decoder_params"] / before["decoder_params"],
+            "keep_decoder": after["decoder_params"] / before["decoder_params"] if before["decoder_params"] else 1.0,
             "keep_total": after["params"] / before["params"],
             "params_before": before["params"],
             "params_after": after["params"],

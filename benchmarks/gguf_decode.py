@@ -24,6 +24,7 @@ from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
 from atp.config import ModelConfig
+from atp.evaluation.llama_cpp import LlamaCpp, require_llama_cpp
 from atp.export.command import export
 from atp.export.gguf import architecture_of, write_gguf
 from atp.ground.errors import InputError
@@ -32,7 +33,6 @@ from atp.inputs.loading import load_tokenizer
 from atp.models.config import config_class
 from atp.models.cut import build
 from benchmarks.gguf_model import DTYPES
-from benchmarks.llama_cpp import LlamaCpp, require_llama_cpp
 from benchmarks.records import RESULTS, Row, append, environment
 
 KEEP, MULTIPLE = 0.6, 64

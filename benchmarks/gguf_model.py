@@ -13,7 +13,6 @@ to a CSV file.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 
 from atp.config import ATPConfig, ModelConfig
 from atp.evaluation import packed_windows, perplexity
+from atp.evaluation.llama_cpp import LlamaCpp, rates, require_llama_cpp
 from atp.evaluation.perplexity import ScoredWindows
 from atp.export.command import export
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_any_model, load_data, load_tokenizer
 from benchmarks.gguf_forward import File, logits
-from benchmarks.llama_cpp import LlamaCpp, require_llama_cpp
 from benchmarks.records import RESULTS, Row, append, environment
 
 DTYPES = ("f32", "f16", "q8_0")
@@ -97,14 +96,7 @@ def speed(models: tuple[str, str], dtype: str, threads: int, rounds: int, prompt
     require_llama_cpp()
     with tempfile.TemporaryDirectory() as folder:
         files = [export(model, "gguf", dtype, Path(folder) / f"{n}.gguf")[0] for n, model in enumerate(models)]
-        runtimes = [LlamaCpp(path, prompt + new + 8, exact=False, threads=threads) for path in files]
-        found: list[list[tuple[float, float]]] = [[] for _ in models]
-        for round_ in range(rounds + 1):
-            turns = list(zip(runtimes, found, strict=True))
-            for runtime, speeds in turns if round_ % 2 else reversed(turns):
-                # Which tokens a prompt holds does not matter, and these exist in any vocabulary.
-                speeds.append(runtime.speed([20 + n % 16 for n in range(prompt)], new))
-        medians = [[statistics.median(part) for part in zip(*speeds[1:], strict=True)] for speeds in found]
+        medians = rates(files, threads=threads, rounds=rounds, prompt=prompt, new=new)
         return [
             {
                 "model": model, "form": dtype, "mb": round(path.stat().st_size / 1e6, 1), "llama_cpp_threads": threads,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from atp.config import ATPConfig
-from atp.families import family_of, layer_config
+from atp.families import FAMILIES, family_name, family_of, layer_config
+from atp.ground.errors import InputError
 from atp.lora.layer import lora_config
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
@@ -24,9 +26,19 @@ DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in
 
 
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
-    """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
-    linears = family_of(model.config).linears(layer_config(model.config, 0))
-    names = [name for name, linear in linears.items() if linear.lora]
+    """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model.
+
+    Of an unknown family all linears but the head get LoRA. Raises `InputError` if it has none.
+    """
+    if family_name(model.config.model_type) in FAMILIES:
+        linears = family_of(model.config).linears(layer_config(model.config, 0))
+        names = [name for name, linear in linears.items() if linear.lora]
+    else:
+        head = model.get_output_embeddings()
+        names = [n for n, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
+    if not names:
+        raise InputError(f"a model of family '{model.config.model_type}' has no linears that LoRA could adapt: leave "
+                         "it out")  # fmt: skip
     torch.manual_seed(config.seed)
     return get_peft_model(model, lora_config(names, **config.lora.model_dump()))
 

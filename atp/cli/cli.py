@@ -43,8 +43,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 # Under a launcher, only the main process runs these.
-_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
-_LONG = ("init", "train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "chat")
+_ONE_PROCESS = (
+    "plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch", "frontier",
+)  # fmt: skip
+_LONG = ("init", "train", "plan", "demo", "eval", "compare", "experiment", "sweep", "frontier", "export", "chat")
 
 
 def _version(wanted: bool) -> None:
@@ -280,6 +282,38 @@ def sweep(
     found = Sweep(settings, asked, folder, resume=resume, command=_command(), engine=engine).execute()
     show(found, console)
     console.print(f"results: {folder / 'sweep'}.csv, .json and .png")
+
+
+@app.command()
+def frontier(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Finished run folders; also model folders and GGUF files.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Output folder; default: the first run plus '-frontier'.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of llama.cpp.")] = 1,
+    quiet: Quiet = False,
+    json_logs: JsonLogs = False,
+    debug: Debug = False,
+) -> None:
+    """Score and time models in 16, 8 and 4 bits over their size; repeat the command to go on with it.
+
+    Example: atp frontier runs/demo --out runs/demo-frontier
+    """
+    from atp.studies.frontier import frontier as measure
+    from atp.studies.frontier_table import table
+
+    folder = out or Path(f"{sources[0].rstrip('/')}-frontier")
+    rows, said = measure(sources, folder, threads=threads, say=console.print)
+    head, lines = table(rows)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(head):
+        shown.add_column(name, justify="right" if column else "left")
+    for line in lines:
+        shown.add_row(*(cell.partition(" (")[0] if place else cell for place, cell in enumerate(line)))
+    console.print(shown)
+    for sentence in said:
+        console.print(sentence)
+    console.print(f"results: {folder / 'frontier'}.csv, .md and .png")
 
 
 app.add_typer(settings.config, name="config")

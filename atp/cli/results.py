@@ -102,7 +102,7 @@ def evaluate(
 def export(
     source: Annotated[str, typer.Argument(help=MODEL)],
     to: Annotated[str, typer.Option(help="gguf, int8 or nf4.")] = "gguf",
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the GGUF file: f16 (default), f32, bf16 or q8_0.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the GGUF file: f16 (default), f32, bf16, q8_0 or q4_1.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output path; default: beside the model folder.")] = None,
     quiet: Quiet = False,
     json_logs: JsonLogs = False,

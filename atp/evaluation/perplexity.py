@@ -97,6 +97,22 @@ def packed_windows(
     return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol, lengths)
 
 
+def bytes_of(windows: ScoredWindows, count: int) -> int | None:
+    """Bytes of text that the labels of the first `count` windows stand for; None where that is not known."""
+    return None if windows.bytes is None else int(windows.bytes[:count, 1:].sum())
+
+
+def windows_of(windows: ScoredWindows, size: int | None, count: int) -> int:
+    """How many windows, from the first, hold `size` bytes of text, so that another tokenizer scores the same text.
+
+    All of them if they hold fewer; `count` where bytes are not known.
+    """
+    if windows.bytes is None or size is None:
+        return count
+    held = windows.bytes[:, 1:].sum(1).cumsum(0)
+    return min(int((held < size).sum()) + 1, len(held))
+
+
 def perplexity(
     model: CausalLM,
     windows: ScoredWindows,

@@ -160,6 +160,6 @@ def _write_quantized(source: ExportSource, scheme: str, out: Path) -> list[str]:
 
 
 TARGETS = {
-    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0"), ".gguf", _write_gguf),
+    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0", "q4_1"), ".gguf", _write_gguf),
     **{scheme: ExportTarget((scheme,), "", _write_quantized) for scheme in ("int8", "nf4")},
 }

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, MODEL_ARCH
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +35,13 @@ DTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
-"""What matrices can be written as. Norms and biases are always float32, as llama.cpp wants them."""
+"""What matrices can be written as. Norms and biases are always float32, as llama.cpp wants them.
+
+Under q4_1 embeddings and head are q8_0: every token reads them, and rounding them costs more than other matrices.
+"""
+_WIDER = {GGMLQuantizationType.Q4_1: GGMLQuantizationType.Q8_0}  # of embeddings and head
 _LARGEST_F16 = torch.finfo(torch.float16).max
 
 
@@ -182,7 +187,7 @@ def write_gguf(
     _add_shape(writer, config, architecture)
     remarks = add_tokenizer(writer, tokenizer, config)
     weights = dict(_weights(model, config, architecture))
-    held = {name: _held_as(weight, wanted) for name, weight in weights.items()}
+    held = {name: _held_as(name, weight, wanted) for name, weight in weights.items()}
     for name, weight in weights.items():
         block, size = GGML_QUANT_SIZES[held[name]]
         nbytes = weight.tensor.numel() // block * size
@@ -207,6 +212,20 @@ def write_gguf(
         *_fallback_remark(weights, held, wanted),
     ]
     return remarks
+
+
+@torch.no_grad()
+def read_back(model: PreTrainedModel, config: CutConfig, architecture: Architecture, path: Path) -> None:
+    """Gives a float32 model, in place, the weights that a file written from its kind holds, dequantized.
+
+    It then computes what the file says, but for what llama.cpp rounds while it runs, and where tied weights lie in the
+    file twice, rounded apart (Granite in `deci`): the head's count. config, architecture: as for
+    `write_gguf`.
+    """
+    held = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name, weight in _weights(model, config, architecture):
+        found = held[name]
+        weight.take(dequantize(found.data, found.tensor_type))
 
 
 class _Written(np.ndarray):
@@ -238,6 +257,14 @@ class _Weight:
             values = rotated.transpose(1, 2).reshape(values.shape)
         values = values + self.offset if self.offset else values
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
+
+    def take(self, values: np.ndarray) -> None:
+        """The inverse of `values`: sets the tensor, which is float32."""
+        found = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.tensor.shape)
+        if self.heads:
+            turned = found.view(self.heads, -1, 2, *found.shape[1:])  # [heads, row in half of a head, half, ...]
+            found = turned.transpose(1, 2).reshape(self.tensor.shape)
+        self.tensor.copy_(found / self.factor - self.offset)
 
 
 def _shapes(config: CutConfig) -> list[LayerShape]:
@@ -419,8 +446,10 @@ def _gemma_scale(config: CutConfig, architecture: Architecture) -> float:
     return (width / scalar) ** 0.5
 
 
-def _held_as(weight: _Weight, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def _held_as(name: str, weight: _Weight, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type of one tensor: blocks run along rows, so not every width can be quantized."""
+    if name in ("token_embd.weight", "output.weight"):
+        wanted = _WIDER.get(wanted, wanted)
     if weight.exact or weight.tensor.dim() < 2:
         return GGMLQuantizationType.F32
     return GGMLQuantizationType.F16 if weight.tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
@@ -440,7 +469,8 @@ def _window_remark(config: CutConfig, architecture: Architecture) -> Iterator[st
 def _fallback_remark(
     weights: dict[str, _Weight], held: dict[str, GGMLQuantizationType], wanted: GGMLQuantizationType
 ) -> Iterator[str]:
-    others = [n for n, weight in weights.items() if weight.tensor.dim() > 1 and not weight.exact and held[n] != wanted]
+    f16 = GGMLQuantizationType.F16
+    others = [n for n, weight in weights.items() if weight.tensor.dim() > 1 and held[n] == f16 != wanted]
     if others:
         yield (
             f"{len(others)} of {sum(weight.tensor.dim() > 1 for weight in weights.values())} matrices are f16, because "

@@ -18,6 +18,7 @@ from atp.data.packages import smollm2_gguf
 from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
 from atp.data.tokens import Pieces
+from atp.evaluation.perplexity import bytes_of, packed_windows
 from atp.ground import heap
 from atp.ground.errors import InputError, is_out_of_memory, reason
 from atp.ground.places import PACKAGED_MODEL, refuse_no_model
@@ -120,6 +121,11 @@ def check_prunable(config: ModelConfig, shapes: PretrainedConfig, space: str) ->
         from atp.models.base import check_base
 
         check_base(config.load_in, made)
+    refuse_quantized(config, shapes)
+
+
+def refuse_quantized(config: ModelConfig, shapes: PretrainedConfig) -> None:
+    """Raises `InputError` for weights that are quantized already; shapes: what `load_shapes` returns."""
     if getattr(shapes, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
 
@@ -211,6 +217,13 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
 def held_out(config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> PackedDataset | Pieces:
     """The windows on which a run scores perplexity: always joined ones, so that runs can be compared."""
     return pack(splits.test, tokenizer, config.data.length, loss_on=config.data.loss_on)
+
+
+def scored_text(config: ATPConfig) -> int | None:
+    """Bytes of text in the held-out windows that a run scores; None for a tokenizer whose bytes are not known."""
+    tokenizer, count = load_tokenizer(config.model), config.evaluation.windows
+    test = held_out(config, load_recipe(data_settings(config, tokenizer)), tokenizer)
+    return bytes_of(packed_windows(test, tokenizer, count), count)
 
 
 def averages(samples: Samples | list[dict[str, Tensor]]) -> tuple[float, float]:

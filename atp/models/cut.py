@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from atp.families import FAMILIES
+from atp.families import FAMILIES, family_name
 from atp.models import attention
 from atp.models.config import SELECTIONS, CutConfig, LayerShape, config_class
 from atp.models.selected import Indexed, Selection
@@ -272,8 +272,16 @@ def build(config: CutConfig) -> Any:
 def copy_unsaved(model: Any, source: Any) -> None:
     """Gives a causal LM what no file holds outside its layers: RoPE's frequencies, and the factor of embeddings.
 
-    A copy rather than new ones: a cast of the source may have rounded the frequencies, which must not change.
+    A copy rather than new ones: a cast of the source may have rounded the frequencies, which must not change. A model
+    of an unknown family gets all buffers that no file holds.
     """
+    if family_name(model.config.model_type) not in FAMILIES:
+        saved = source.state_dict().keys()
+        for path, buffer in source.named_buffers():
+            if path not in saved:
+                place, _, name = path.rpartition(".")
+                setattr(model.get_submodule(place), name, buffer)
+        return
     model.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     for name, buffer in source.model.embed_tokens.named_buffers():
         setattr(model.model.embed_tokens, name, buffer)
@@ -281,6 +289,8 @@ def copy_unsaved(model: Any, source: Any) -> None:
 
 def place_indices(model: PreTrainedModel) -> None:
     """Sets the buffers of a cut model that no file holds, on the devices of its weights; any other model has none."""
+    if not isinstance(model, CutModel):
+        return
     for layer in cast(Any, model.get_decoder()).layers:
         device = next(layer.parameters(), torch.empty(0)).device
         for module in layer.modules():

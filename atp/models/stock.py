@@ -76,7 +76,9 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 def rope_for_converters(folder: Path) -> None:
     """Repeats the RoPE settings of a config.json at its top level."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters")
+    if rope is None:  # a family without RoPE, or with a name of its own for it
+        return
     if "full_attention" in rope:  # parameters by layer type, of which Gemma 3's sliding layers have a base of their own
         if config["model_type"].endswith("gemma3_text"):
             config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]

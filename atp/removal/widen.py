@@ -14,16 +14,15 @@ from torch import Tensor, nn
 def widened(model: nn.Module) -> Iterator[None]:
     """Inside a with block, a causal LM with bfloat16 or float16 weights computes in float32 on the same weights.
 
-    model: plain or inside PEFT, with a decoder of embeddings, layers and norm. A layer's weights are float32 while it
-    runs and bit for bit the old ones afterwards; hidden states are float32 from the embeddings on. Does nothing for
-    float32 and float64 weights. Kept slices are not widened: use masks without slices.
+    model: plain or inside PEFT, with a decoder of embeddings and what runs behind them. A layer's weights are float32
+    while it runs and bit for bit the old ones afterwards; hidden states are float32 from the embeddings on. Does
+    nothing for float32 and float64 weights. Kept slices are not widened: use masks without slices.
     """
     whole: Any = model
     causal = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     if not any(_is_narrow(parameter) for parameter in causal.parameters()):
         yield
         return
-    decoder = causal.get_decoder()
     narrow: list[tuple[nn.Parameter, Tensor]] = []
 
     def widen(module: nn.Module, args: Any) -> None:
@@ -38,7 +37,7 @@ def widened(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
     hooks = [causal.get_input_embeddings().register_forward_hook(lambda module, args, output: output.float())]
-    for part in (*decoder.layers, decoder.norm, causal.get_output_embeddings()):
+    for part in _parts(causal):
         hooks += [part.register_forward_pre_hook(widen), part.register_forward_hook(restore, always_call=True)]
     try:
         yield
@@ -46,6 +45,17 @@ def widened(model: nn.Module) -> Iterator[None]:
         restore()
         for hook in hooks:
             hook.remove()
+
+
+def _parts(causal: Any) -> Iterator[nn.Module]:
+    """What runs one after the other behind the embeddings: the layers, the other modules of the decoder, the head."""
+    embeddings = causal.get_input_embeddings()
+    for child in causal.get_decoder().children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif child is not embeddings:
+            yield child
+    yield causal.get_output_embeddings()
 
 
 def _is_narrow(parameter: Tensor) -> bool:

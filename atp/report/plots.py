@@ -157,10 +157,13 @@ def intervals_png(path: Path, panels: Panels) -> None:
     _png(path, _intervals(panels, _LIGHT_SERIES[0]), _intervals_height(panels))
 
 
-def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y: str) -> None:
+def curves_png(
+    path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y: str, *, labels: dict[str, list[str]] | None = None
+) -> None:
     """Lines through (x, value, low, high) with a band from low to high, one panel per domain, on a log scale.
 
-    panels: title of a panel -> name of a line -> its points in order.
+    panels: title of a panel -> name of a line -> its points in order. labels: name of a line -> a text at each of its
+    points, on a linear scale.
     """
 
     def draw(figure: Figure) -> None:
@@ -171,7 +174,10 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y:
                 at, values, low, high = zip(*points, strict=True)
                 axes.plot(at, values, color=colors[name], marker="o", markersize=3, label=name)
                 axes.fill_between(at, low, high, color=colors[name], alpha=0.15, linewidth=0)
-            _log(axes, "y")
+                for place, text in enumerate((labels or {}).get(name, ())):
+                    axes.annotate(text, (at[place], values[place]), (3, 3), textcoords="offset points", fontsize=8)
+            if labels is None:
+                _log(axes, "y")
             axes.set_title(title)
             axes.set_xlabel(x)
         axes.figure.axes[0].set_ylabel(y)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
 from atp.config import ATPConfig, ResolvedConfig
+from atp.families import FAMILIES, family_name
 from atp.ground import heap
 from atp.ground.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
 from atp.ground.signals import SignalGuard
@@ -113,7 +114,9 @@ class Loop:
         """Makes a model the one that is trained, with an optimizer made anew around its adapter."""
         if self.tokenizer is not None:
             align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
-        use_training_attention(cast(PreTrainedModel, model.get_base_model()))
+        base = cast(PreTrainedModel, model.get_base_model())
+        if family_name(base.config.model_type) in FAMILIES:  # others may do more in attention than ours knows of
+            use_training_attention(base)
         if self.config.training.gradient_checkpointing:
             recompute_layers(model)
         shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from atp.families import Windows, family_of
+from atp.families import FAMILIES, Windows, family_name, family_of
 from atp.models.attention import NAME, training_masks
 from atp.sharding.shards import whole
 from atp.training.cross_entropy import linear_cross_entropy
@@ -32,15 +33,25 @@ def causal_lm_loss(
 ) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
-    model: a causal LM of a supported family, also inside PEFT or a distributed wrapper. count: divisor of the sum over
-    tokens, for steps of several batches; default the scored tokens of this batch. Positions without a label cost
-    nothing. teacher: mixes in the distance to its predictions of the same tokens. decode: what calls the decoder.
+    model: a causal LM, also inside PEFT or a distributed wrapper. count: divisor of the sum over tokens, for steps of
+    several batches; default the scored tokens of this batch. Positions without a label cost nothing, but in a model
+    of an unknown family, which computes all its logits. teacher: mixes in the distance to its predictions of the same
+    tokens. decode: what calls the decoder.
     """
+    if family_name(_causal(model).config.model_type) not in FAMILIES:
+        return _plain_loss(model, batch) / (len(batch["targets"]) if count is None else count)
     scored, head = head_inputs(model, batch, decode)
     soft = None if teacher is None else teacher.targets(batch)
     with scope("loss"):
         total = linear_cross_entropy(scored, head, batch["targets"], soft, cap=logits_cap(model))
         return total / (len(batch["targets"]) if count is None else count)
+
+
+def _plain_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The sum over scored tokens by the model's own logits, whatever they are computed from."""
+    given = {key: batch[key] for key in ("input_ids", "position_ids") if batch.get(key) is not None}
+    logits = model(**given, use_cache=False).logits.flatten(0, 1).index_select(0, batch["scored"])
+    return functional.cross_entropy(logits.float(), batch["targets"], reduction="sum")
 
 
 def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None = None) -> tuple[Tensor, Tensor]:

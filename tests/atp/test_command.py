@@ -22,7 +22,7 @@ from atp_kernels._version import __version__
 
 AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 
-COMMANDS = "train plan demo eval compare experiment sweep export report chat push env".split()
+COMMANDS = "train plan demo eval compare experiment sweep frontier export report chat push env".split()
 
 
 def test_help_lists_every_command_and_short_help_is_the_long_one_with_an_example(atp):

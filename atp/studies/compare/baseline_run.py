@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,18 +40,19 @@ class BaselineRun(Run):
     def __init__(self, method: str, config: ATPConfig, **options: Any) -> None:
         """method: a key of `BASELINES`. options: those of `Run`."""
         super().__init__(config, **options)
-        self.method, self.baseline = method, BASELINES[method]
+        self.method, self.baseline = method, BASELINES.get(method)
+        self.facts: dict[str, Any] = {"method": method}  # of the summary
 
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
         params_before = sum(p.numel() for p in model.parameters())
-        space = MaskSpace.from_config(model.config, self.config.decisions.space)
+        adapt = self._adapter_of(model, self.config)
         seconds: dict[str, float] = {}
         if self.baseline is not None:
             model, seconds = self._apply(self.baseline, model, data)
-        tuner = self._tune(model, space, data)
+        tuner = self._tune(adapt(model), data)
         certificate = self._export(tuner, tokenizer, data, params_before)
-        facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped,
+        facts = {**self.facts, "certificate": certificate, "skipped_steps": tuner.finite.skipped,
                  **tuner.validation.summary(tuner.step)}  # fmt: skip
         clock = tuner.clock
         for phase, value in seconds.items():
@@ -99,9 +103,13 @@ class BaselineRun(Run):
             save_decisions(self.folder, baseline.space_of(model, self.config), choice)
         return choice
 
-    def _tune(self, model: PreTrainedModel, space: MaskSpace, data: RunData) -> LoraTuner:
+    def _adapter_of(self, model: PreTrainedModel, config: ATPConfig) -> Callable[[PreTrainedModel], PeftModel]:
+        """What puts LoRA on the model and on what is cut from it."""
+        space = MaskSpace.from_config(model.config, config.decisions.space)
+        return partial(add_lora, space=space, **config.lora.model_dump(), seed=config.seed)
+
+    def _tune(self, wrapped: PeftModel, data: RunData) -> LoraTuner:
         steps = self.config.training.total
-        wrapped = add_lora(model, space, **self.config.lora.model_dump(), seed=self.config.seed)
         with make_progress() as bars:
             bar = ProgressBar(bars, steps, title=self.method)
             tuner = LoraTuner(

@@ -11,7 +11,7 @@ from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.ground.environment import versions
-from atp.ground.errors import Interrupted
+from atp.ground.errors import Interrupted, NotReached
 from atp.ground.files import write_json
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import COMPARISON, begun_by_this_launch, check_output_dir
@@ -78,11 +78,33 @@ class Comparison:
         splits = processes.main_first(lambda: load_recipe(data_settings(members.config, tokenizer)))
         processes.on_main(lambda: check_tasks(self.config, splits, tokenizer, load_shapes(self.config.model)))
         with members.opened(resume=self.resume):
+            return self._carry_out(members, splits)
+
+    def _carry_out(self, members: Members, splits: Splits) -> dict[str, Any]:
+        """Runs the members, and rivals after all others, whose time they take."""
+        told: dict[str, str] = {}
+        content: dict[str, Any] = {}
+        broken = []
+
+        def write(found: dict[str, str]) -> dict[str, Any]:
+            told.update(found)
+            return self._write(members, splits, told)
+
+        for of_rivals in (False, True):
             jobs = [
                 members.job(arm, seed, f"{arm.name}, seed {seed}")
                 for seed, arm in itertools.product(self.seeds, self.arms)
+                if (arm.rival is not None) == of_rivals
             ]
-            return carry_out(self.engine, jobs, lambda broken: self._write(members, splits, broken))
+            if not jobs:
+                continue
+            try:
+                content = carry_out(self.engine, jobs, write)
+            except NotReached as error:
+                broken.append(str(error))
+        if broken:
+            raise NotReached("; ".join(broken))
+        return content
 
     def _write(self, members: Members, splits: Splits, notes: dict[str, str]) -> dict[str, Any]:
         found = {(arm.name, seed): members.read(arm, seed) for arm in self.arms for seed in self.seeds}

@@ -15,7 +15,7 @@ from atp.config.presets import AUTO, PRESETS, merged
 from atp.ground.errors import InputError, shorten
 from atp.ground.files import read_json, write_json, write_text
 from atp.inputs.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
-from atp.inputs.loading import check_length, load_shapes
+from atp.inputs.loading import check_length, load_shapes, scored_text
 from atp.inputs.precision import precision_of
 from atp.inputs.promises import check_promises, check_target
 from atp.inputs.resolve import in_common
@@ -23,7 +23,8 @@ from atp.processes import processes
 from atp.run import Run
 from atp.studies.compare.arms import ATP, Arm
 from atp.studies.compare.baseline_run import BaselineRun
-from atp.studies.compare.results import Member
+from atp.studies.compare.results import Member, trained_seconds
+from atp.studies.compare.rival import RivalRun, check_rival, rival_config
 from atp.studies.engines import Job
 from atp.training.resume import refuse_other_inputs
 
@@ -84,8 +85,12 @@ class Members:
             "say": say,
             "original": self._original(arm),
         }
-        run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
-        run.execute()
+        if arm.rival is not None:
+            text = processes.on_main(lambda: scored_text(self.config))
+            RivalRun(arm.method, config, text=text, **options).execute()
+        else:
+            run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
+            run.execute()
 
     def _finished(self, arm: Arm, seed: int) -> Member | None:
         """The member if it is finished, report included, or None."""
@@ -108,6 +113,9 @@ class Members:
         """Raises `InputError` if one of these members is sure to fail, before the first one runs."""
         for arm in arms:
             config, *_ = [self.config_of(arm, seed) for seed in seeds]
+            if arm.rival is not None:
+                check_rival(config)
+                continue
             shapes = load_shapes(config.model)
             check_length(shapes, config.data.length)
             baseline = BASELINES.get(arm.method)
@@ -117,8 +125,14 @@ class Members:
                 baseline.check(shapes, config)
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
-        """The config of a member. Raises `InputError` for a bad override or seed."""
+        """The config of a member, in which a rival trains as long as the finished ATP member of its seed.
+
+        Raises `InputError` for a bad override or seed.
+        """
         config = self._changed((*arm.overrides, f"seed={seed}"))
+        if arm.rival is not None:
+            ours = self.read(Arm(ATP), seed)
+            config = rival_config(config, arm.rival, None if ours is None else trained_seconds(ours.summary))
         config.output_dir = str(self.path(arm, seed))
         return config
 
@@ -161,7 +175,7 @@ class Members:
         """
 
         def look(inputs: dict[str, str]) -> dict[str, Any] | None:
-            if not any(override.startswith(("model.", "data.")) for override in arm.overrides):
+            if arm.rival is None and not any(override.startswith(("model.", "data.")) for override in arm.overrides):
                 refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
                 # Members in other processes write it too: one that replaces it first takes the temporary file along.
                 with suppress(FileNotFoundError):

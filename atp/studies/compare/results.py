@@ -31,22 +31,29 @@ def results(members: Sequence[Member], tasks: Sequence[Task], majority: Mapping[
 
     relative_performance is the mean over the tasks' measurable metrics of score / tuned dense score, None without any;
     perplexity_ratio is perplexity / tuned dense perplexity (below 1 is better). Both compare with the dense member of
-    the same seed on the same resampled items, and are left out without one. majority: the result of `majority_scores`.
+    the same seed on the same resampled items, and are left out without one. A rival has no shares, and no perplexity
+    ratio. majority: the result of `majority_scores`.
     """
     if not members:
         return {}
+    ours = [member for member in members if "rival" not in member.summary]
     dense = _dense_samples(members, tasks)
     unclear = unmeasurable(members, tasks, majority)
-    original = score_samples(members[0].scores["original"], tasks)
-    before = members[0].summary["params_before"]
-    found: dict[str, Any] = {
-        ORIGINAL: {"keep_decoder": 1.0, "keep_total": 1.0, "params": before}
-        | _figures({seed: original for seed in dense} or {0: original}, dense, unclear)
-    }
+    found: dict[str, Any] = {}
+    if ours:
+        original, summary = score_samples(ours[0].scores["original"], tasks), ours[0].summary
+        sizes = {"params": summary["params_before"], "megabytes": summary["megabytes"]["original"]}
+        figures = _figures({seed: original for seed in dense} or {0: original}, dense, unclear)
+        found[ORIGINAL] = {"keep_decoder": 1.0, "keep_total": 1.0, **sizes, **figures}
     for method in dict.fromkeys(m.method for m in members):
         own = [m for m in members if m.method == method]
         samples = {m.seed: score_samples(m.scores["final"], tasks) for m in own}
         found[method] = {"seeds": list(samples)} | _size_and_cost(own) | _figures(samples, dense, unclear)
+        if "rival" in own[0].summary:
+            found[method] |= {"keep_decoder": None, "keep_total": None, "rival": own[0].summary["rival"]}
+            found[method].pop("perplexity_ratio", None)  # of other tokens
+            if ours and _texts(own[0]) != _texts(ours[0]):
+                found[method]["rival"]["other_text"] = True
     return found
 
 
@@ -63,19 +70,28 @@ def _dense_samples(members: Sequence[Member], tasks: Sequence[Task]) -> dict[int
     return {m.seed: score_samples(m.scores["final"], tasks) for m in members if m.method == DENSE}
 
 
+def trained_seconds(summary: Mapping[str, Any]) -> float:
+    """Seconds of training in a run, with choosing, cutting and refitting."""
+    return float(sum(value for phase, value in summary["seconds"].items() if phase != "total"))
+
+
+def _texts(member: Member) -> dict[str, str]:
+    """Fingerprints of the splits that a member read."""
+    return {name: found for name, found in member.summary["data"].items() if name != "description"}
+
+
 def _size_and_cost(members: Sequence[Member]) -> dict[str, Any]:
     """Parameters kept and training cost, means over the members."""
 
     def mean(key: str) -> float:
         return statistics.fmean(m.summary[key] for m in members)
 
-    seconds = statistics.fmean(
-        sum(value for phase, value in m.summary["seconds"].items() if phase != "total") for m in members
-    )
+    seconds = statistics.fmean(trained_seconds(m.summary) for m in members)
     return {
         "keep_decoder": mean("keep_decoder"),
         "keep_total": mean("keep_total"),
         "params": round(mean("params_after")),
+        "megabytes": statistics.fmean(m.summary["megabytes"]["final"] for m in members),
         "train_tokens": round(mean("train_tokens")),
         "train_seconds": seconds,
         "train_tokens_per_second": mean("train_tokens") / seconds,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from atp.report.beside import NOT_MEASURABLE, OTHERS, counted, unclear
-from atp.report.text import DASH, code, plain
+from atp.report.text import DASH, code, number, plain
 
 BEST_FIRST = {"perplexity": "perplexity ↓", "bits_per_byte": "bits per byte ↓",
               "perplexity_ratio": "perplexity / dense ↓",
               "relative_performance": "relative performance ↑"}  # fmt: skip
 
+_OTHER_TOKENS = " *"
 _WIDE = ("all kept", "parameters", "training tokens", "tokens/s", "seeds")
 
 
@@ -18,7 +19,7 @@ def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) from the content of comparison.json, with intervals in parentheses."""
     methods = content["methods"]
     scores = list(next(iter(methods.values()))["scores"]) if methods else []
-    head = ["method", "decoder kept", "all kept", "parameters"]
+    head = ["method", "decoder kept", "all kept", "parameters", "MB"]
     head += [BEST_FIRST.get(name, f"{name.replace('_', ' ')} ↑") for name in scores]
     head += [BEST_FIRST["perplexity_ratio"], BEST_FIRST["relative_performance"]]
     head += ["training tokens", "training s", "tokens/s", "seeds"]
@@ -56,6 +57,7 @@ def comparison_remarks(content: dict[str, Any]) -> list[str]:
         "seed. A metric counts if that model beats the majority label, the constant answer, by more than the interval "
         "of their difference.",
         "Training seconds include choosing and removing; all methods train on the same tokens with the same LoRA.",
+        *_rivals(content["methods"]),
         *counted(content.get("perplexity_of")),
         content["data"]["description"],
     ]
@@ -65,9 +67,31 @@ def comparison_remarks(content: dict[str, Any]) -> list[str]:
     return found + [f"{name}: {reason}." for name, reason in content["notes"].items()]
 
 
+def _rivals(methods: dict[str, Any]) -> list[str]:
+    """What differs in the rivals; nothing without any."""
+    rivals = {name: row["rival"] for name, row in methods.items() if "rival" in row}
+    if not rivals:
+        return []
+    found = [
+        "A rival is tuned whole on the same documents. Its perplexity (*) is of its own tokens, and not comparable "
+        "where these are others: compare bits per byte and task scores."
+    ]
+    for name, rival in rivals.items():
+        seconds = rival["seconds"]
+        length = "as many steps as the config has" if seconds is None else f"as long as atp, {seconds:,.0f} seconds"
+        why = ", because there was no atp to take the time of" if seconds is None else ""
+        found.append(f"{name} trained {length}{why}.")
+        if rival.get("other_text"):
+            found.append(f"{name} read other text: its chat template writes conversations in another way.")
+    return found
+
+
 def _row(name: str, row: dict[str, Any], scores: list[str]) -> list[str]:
-    cells = [name, f"{row['keep_decoder']:.3f}", f"{row['keep_total']:.3f}", f"{row['params'] / 1e6:,.1f} M"]
-    cells += [_score(row["scores"][score], 2 if score == "perplexity" else 3) for score in scores]
+    cells = [name, *(number(row[key], 3) for key in ("keep_decoder", "keep_total"))]
+    cells += [f"{row['params'] / 1e6:,.1f} M", f"{row['megabytes']:,.1f}"]
+    cells += [_score(row["scores"].get(score), 2 if score == "perplexity" else 3) for score in scores]
+    if "rival" in row and "perplexity" in scores:
+        cells[5 + scores.index("perplexity")] += _OTHER_TOKENS
     cells.append(_score(row.get("perplexity_ratio"), 3))
     relative = row.get("relative_performance", {})
     cells.append(NOT_MEASURABLE if relative is None else _score(relative or None, 3))
@@ -79,7 +103,7 @@ def _row(name: str, row: dict[str, Any], scores: list[str]) -> list[str]:
 
 def _majority_row(majority: dict[str, Any], scores: list[str], width: int) -> list[str]:
     """The constant answer's scores in the columns of the tasks with labels, dashes elsewhere."""
-    cells = [OTHERS["majority"], *[DASH] * 3]
+    cells = [OTHERS["majority"], *[DASH] * 4]
     for name in scores:
         task, _, metric = name.rpartition(" ")
         found = majority.get(task, {})

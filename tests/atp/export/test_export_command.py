@@ -104,7 +104,7 @@ def test_the_default_dtype_is_the_first(tmp_path):
     ("options", "message"),
     [
         ({"to": "onnx"}, "--to onnx is unknown: use gguf"),
-        ({"dtype": "int3"}, "--dtype int3 does not exist for gguf: use one of f16, f32, bf16, q8_0"),
+        ({"dtype": "int3"}, "--dtype int3 does not exist for gguf: use one of f16, f32, bf16, q8_0, q4_1"),
         ({"out": "run/config.yaml"}, "config.yaml exists already: choose another --out"),
         ({"out": "no/such.gguf"}, "folder .*no of --out does not exist"),
         ({"source": "absent"}, "cannot load the model from '.*absent'"),

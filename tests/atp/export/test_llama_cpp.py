@@ -16,13 +16,13 @@ from atp.baselines.simple import magnitude_scores
 from atp.config import ModelConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
+from atp.evaluation.llama_cpp import LlamaCpp
 from atp.export.gguf import DTYPES
 from atp.ground.places import PACKAGED_MODEL
 from atp.ground.requirements import find
 from atp.inputs.loading import load_any_model, load_tokenizer
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
-from benchmarks.llama_cpp import LlamaCpp
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp, then run these tests again")
 pytestmark = pytest.mark.slow

@@ -16,12 +16,12 @@ import torch
 from test_gguf import tiny, tokens, write
 
 from atp.config import ModelConfig
+from atp.evaluation.llama_cpp import LlamaCpp
 from atp.ground.places import PACKAGED_MODEL
 from atp.ground.requirements import find
 from atp.inputs.loading import load_tokenizer
 from atp.models.stock import save_model
 from benchmarks.gguf_forward import File
-from benchmarks.llama_cpp import LlamaCpp
 
 pytestmark = pytest.mark.slow
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "")) / "convert_hf_to_gguf.py"

@@ -46,7 +46,7 @@ def test_a_path_does_not_break_out_of_a_card(path):
 def comparison(text):
     """The content of a comparison.json in which every name and sentence is `text`."""
     figure = {"value": 1.0, "interval": [0.5, 1.5]}
-    row = {"keep_decoder": 1.0, "keep_total": 1.0, "params": 1, "scores": {text: figure}}
+    row = {"keep_decoder": 1.0, "keep_total": 1.0, "params": 1, "megabytes": 1.0, "scores": {text: figure}}
     return {
         "target_keep": 0.5, "methods": {text: row}, "missing": [text], "notes": {text: text}, "command": text,
         "data": {"description": text}, "versions": {text: text},

@@ -178,7 +178,8 @@ def member(method, seed, right, nll=1.0):
     """A finished run that answered `right` of ten questions and has this loss on five documents."""
     items = [["yes", "yes" if i < right else "no"] for i in range(10)]
     scores = {"items": [[nll * 8, 8]] * 5, "tasks": {"qa": {"items": items}}}
-    summary = {"params_before": 100, "params_after": 70, "keep_decoder": 0.6, "keep_total": 0.7, "train_tokens": 640,
+    summary = {"megabytes": {"original": 0.4, "final": 0.28}, "params_before": 100, "params_after": 70,
+               "keep_decoder": 0.6, "keep_total": 0.7, "train_tokens": 640,
                "seconds": {"choose": 1.0, "tune": 4.0 - seed, "total": 99.0}}  # fmt: skip
     return Member(method, seed, summary, {"original": scores, "final": scores})
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -85,3 +86,21 @@ class LlamaCpp:
         answer = self.server.handle_completions({"prompt": list(map(int, ids)), "cache_prompt": False, **options})
         assert "choices" in answer, answer
         return answer
+
+
+def rates(
+    paths: Sequence[Path], *, threads: int, rounds: int = 5, prompt: int = 256, new: int = 64
+) -> list[tuple[float, float]]:
+    """Tokens per second of each file, of a prompt and of new tokens: medians over rounds in which the files take turns.
+
+    The first round warms up. Raises `InputError` where package xllamacpp is not installed.
+    """
+    runtimes = [LlamaCpp(path, prompt + new + 8, exact=False, threads=threads) for path in paths]
+    found: list[list[tuple[float, float]]] = [[] for _ in paths]
+    for round_ in range(rounds + 1):
+        turns = list(zip(runtimes, found, strict=True))
+        for runtime, speeds in turns if round_ % 2 else reversed(turns):
+            # Which tokens a prompt holds does not matter, and these exist in any vocabulary.
+            speeds.append(runtime.speed([20 + n % 16 for n in range(prompt)], new))
+    prefill, decode = ([statistics.median(s[part] for s in speeds[1:]) for speeds in found] for part in (0, 1))
+    return list(zip(prefill, decode, strict=True))
