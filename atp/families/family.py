@@ -107,8 +107,10 @@ class Family:
     RMSNorms multiply by 1 + weight. inexact: mask spaces whose cut would change what the model computes, each with the
     reason. limit: why a model of some configs cannot be cut at all. equal: `model_type` of the class of transformers'
     own that computes what a cut model does whose layers all have the widths in its config, from that config; None where
-    there is no such class. Left out, it is the family's own. space: the mask space to
-    suggest.
+    there is no such class. Left out, it is the family's own. fused: linears of transformers' class, each with
+    those whose rows it holds one after the other; here these are linears of their own. partial: whether RoPE may rotate
+    the first dimensions of a head alone (partial_rotary_factor). neighbours: whether it rotates dimensions 2 i and
+    2 i + 1, and not i with the one half of them later. space: the mask space to suggest.
     """
 
     name: str = field(kw_only=False)
@@ -126,6 +128,9 @@ class Family:
     inexact: Mapping[str, str] = field(default_factory=dict)
     limit: Callable[[PretrainedConfig], str | None] = _no_limit
     equal: Callable[[PretrainedConfig], str | None] | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: bool = False
+    neighbours: bool = False
     space: str = "kv_group"
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
@@ -151,11 +156,19 @@ class Family:
         beyond = config.beyond_whole_heads() if is_cut(config) else None
         if beyond is not None:
             return f"the model is cut already and {beyond}, so give the model that it was cut from"
+        rotated, width = self.rotated(config), self.head_dim(config)
+        if space == "head_dim" and rotated < width and space not in self.inexact:
+            return f"its RoPE rotates {rotated} of {width} dimensions of a head, which the space pairs: use kv_group"
         return self.limit(config) or self.inexact.get(space)
 
     def head_dim(self, config: PretrainedConfig) -> int:
         """Width of an attention head."""
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def rotated(self, config: PretrainedConfig) -> int:
+        """How many dimensions of a head RoPE rotates, the first ones."""
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0) if self.partial else 1.0
+        return int(self.head_dim(config) * share)
 
     def linears(self, config: PretrainedConfig) -> dict[str, Linear]:
         """The prunable linears of a decoder layer by their names in it, e.g. `self_attn.q_proj`.

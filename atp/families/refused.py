@@ -2,7 +2,7 @@
 
 _MULTIMODAL = "it wraps a language model with encoders of other media, so give the language model alone, as a folder"
 _GEMMA3 = f"{_MULTIMODAL} of model_type gemma3_text"
-_FUSED = "its projections are fused (such as qkv_proj, gate_up_proj), so one linear would belong to several structures"
+_FUSED = "its projections are fused (query_key_value), so one linear would belong to several structures"
 _SHARED = "its layers share keys and values and have inputs of their own, so a cut of one layer reaches others"
 _RECURRENT = "layers of it keep a recurrent state (linear attention, Mamba, convolution), which no mask space describes"
 _LATENT = "its keys and values come from one latent vector, so its heads have no rows of their own there"
@@ -26,7 +26,7 @@ REASONS: dict[str, str] = {
             "youtu",
         ),
         _CHUNKED: ("llama4", "llama4_text"),
-        _FUSED: ("phi3", "glm", "glm4", "gpt_neox", "persimmon", "falcon"),
+        _FUSED: ("gpt_neox", "persimmon", "falcon"),
         _UNGATED: ("apertus", "arcee", "jais2", "nemotron", "phi", "starcoder2"),
         _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
     }.items()

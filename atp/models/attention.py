@@ -177,16 +177,26 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [batch, tokens, heads, dim] with RoPE, as [batch, heads, tokens, dim].
 
-    angles: cos and sin [batch or 1, tokens, positions]; index [dim]: the positions of the kept pairs, None for all.
+    angles: cos and sin [batch or 1, tokens, positions]; index [dim]: the positions of the kept pairs, None for all, of
+    which fewer than dim rotate the first dimensions alone.
     width: where RoPE is one kernel, it fills heads with zeros up to this.
     """
     cos, sin = angles
+    if index is None and (part := cos.shape[-1]) < query.shape[-1]:
+        return _rotate_part(query.transpose(1, 2), key.transpose(1, 2), angles, part)
     if fuses(query):
         return rotary_embedding(query, key, cos, sin, index=index, width=width)
     if index is not None:
         cos, sin = cos.index_select(-1, index), sin.index_select(-1, index)
     rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     return rotated
+
+
+def _rotate_part(query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor], part: int) -> tuple[Tensor, Tensor]:
+    """Heads [batch, heads, tokens, dim] with RoPE on their first dimensions."""
+    rotated = apply_rotary_pos_emb(query[..., :part], key[..., :part], *angles)
+    query, key = (torch.cat([new, old[..., part:]], -1) for new, old in zip(rotated, (query, key), strict=True))
+    return query, key
 
 
 def _attention(

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from atp.families import cut_type, declared, family_of
+from atp.families import FAMILIES, cut_type, declared, family_of
 from atp.ground.errors import shorten
 from atp.models.earlier import from_earlier
 
@@ -195,7 +195,9 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
 
     def validate_rope(self) -> None:
         """Checks rope_parameters; called by transformers."""
-        super(CutConfig, type(self)).validate_rope(self.without_layers())
+        whole = self.without_layers()
+        whole.hidden_size = whole.num_attention_heads * whole.head_dim  # by which Phi-3 counts the pairs of a head
+        super(CutConfig, type(self)).validate_rope(whole)
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
@@ -280,5 +282,7 @@ def config_class(name: str) -> type[CutConfig]:
 
     Config.__name__ = Config.__qualname__ = f"ATP{stock.__name__}"
     Config.__module__ = "atp.models"
+    if FAMILIES[name].fused:  # whose linears are Mistral's in the cut model
+        Config.base_model_tp_plan = CONFIG_MAPPING["mistral"].base_model_tp_plan
     AutoConfig.register(Config.model_type, Config, exist_ok=True)
     return Config

@@ -1,10 +1,11 @@
 """Cut models: each is its family's own class of transformers, with layers that differ in width.
 
 Layer i is the family's decoder layer made from `config.per_layer_config[i]`, as transformers itself means to make it,
-and nothing else changes: forward, cache, masks and RoPE are the family's. Two parts of a layer are ours, where the
-family's cannot hold what is left: attention whose heads are narrower than head_dim (`CutAttention`), and a layer whose
-blocks see a part of the residual stream or pass it through a matrix (`CutLayer`). A block that the layer's `skip` names
-is left out.
+and nothing else changes: forward, cache, masks and RoPE are the family's. Where the family fuses projections, those of
+a block are linears of their own, as in Mistral, which computes the same. Two parts of a layer are ours, where the
+family's cannot hold what is left: attention whose heads are narrower than head_dim or rotated in part (`CutAttention`),
+and a layer whose blocks see a part of the residual stream or pass it through a matrix (`CutLayer`). A block that the
+layer's `skip` names is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
 
 from atp.families import FAMILIES
 from atp.models import attention
@@ -177,7 +179,12 @@ class SkippedMLP(nn.Module):
 
 def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
     """One decoder layer of the widths that the config has for it."""
-    layer: Any = kind(config.per_layer_config[index], index)
+    family, own = FAMILIES[config.family], config.per_layer_config[index]
+    layer: Any = kind(own, index)
+    if any(name.startswith("self_attn.") for name in family.fused):
+        layer.self_attn = MistralAttention(own, index)
+    if any(name.startswith("mlp.") for name in family.fused):
+        layer.mlp = MistralMLP(own)
     for module in layer.modules():
         if hasattr(module, "config"):
             module.config = config  # that of the model, which says how to attend
@@ -187,7 +194,8 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
         shape.num_attention_heads,
         shape.num_key_value_heads,
     )
-    if not shape.has_whole_heads(config.head_dim):
+    in_part = not family.own_attention and family.rotated(config) < config.head_dim
+    if in_part or not shape.has_whole_heads(config.head_dim):
         place_before(layer.self_attn, CutAttention).narrow(config, shape)
     if config.shortcuts or any(getattr(shape, key) is not None for key in SELECTIONS):
         place_before(layer, CutLayer).wrap(config, shape)
@@ -198,10 +206,10 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
             setattr(layer.get_submodule(block), name, nn.Linear(columns, rows, bias=linear.bias is not None))
     skipped: dict[str, nn.Module] = {"self_attn": SkippedAttention(index)} if "attention" in shape.skip else {}
     skipped |= {"mlp": SkippedMLP()} if "mlp" in shape.skip else {}
-    for own in FAMILIES[config.family].blocks:
-        if own.module in skipped:
-            setattr(layer, own.module, skipped[own.module])
-            for norm in filter(None, (own.before, own.after)):
+    for place in family.blocks:
+        if place.module in skipped:
+            setattr(layer, place.module, skipped[place.module])
+            for norm in filter(None, (place.before, place.after)):
                 setattr(layer, norm, nn.Identity())
     return layer
 
@@ -277,6 +285,18 @@ def copy_unsaved(model: Any, source: Any) -> None:
     model.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     for name, buffer in source.model.embed_tokens.named_buffers():
         setattr(model.model.embed_tokens, name, buffer)
+
+
+def complete(model: Any, source: Any, *, tie: bool = True) -> None:
+    """Gives a causal LM what no state dict holds: tied weights, non-persistent buffers and the generation config.
+
+    source: the causal LM that its weights are from. tie: whether to tie weights, which shards are already.
+    """
+    if tie and model.config.tie_word_embeddings:
+        model.tie_weights()
+    copy_unsaved(model, source)
+    place_indices(model)
+    model.generation_config = copy.deepcopy(source.generation_config)
 
 
 def place_indices(model: PreTrainedModel) -> None:

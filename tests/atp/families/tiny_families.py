@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp.models.fused import split_projections
 from atp.spaces import space_names
 
 VOCAB, LAYERS = 64, 3
@@ -55,6 +56,9 @@ FAMILIES = {
         "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "head_dim": 12,
     },
+    "phi3": {"sliding_window": 4, "resid_pdrop": 0.1},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
 }  # fmt: skip
 EXPERTS = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12},
@@ -66,6 +70,7 @@ EXPERTS = {
 INEXACT = {
     "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
     "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
+    "glm": {"head_dim"}, "glm4": {"head_dim", "disp"},
     "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
 }  # fmt: skip
 SPACES = [
@@ -80,7 +85,12 @@ def space_of(name):
 
 
 def build(name, dtype=torch.float32, scale=0.2, **overrides):
-    """The model in evaluation mode, with biases that are not zero and norm weights that are not one."""
+    """The model that is pruned: transformers' own, with fused projections split."""
+    return split_projections(stock(name, dtype, scale, **overrides))
+
+
+def stock(name, dtype=torch.float32, scale=0.2, **overrides):
+    """transformers' model in evaluation mode, with biases that are not zero and norm weights that are not one."""
     values = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": scale,
