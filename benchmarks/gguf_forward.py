@@ -134,6 +134,10 @@ def logits(file: File, ids: Tensor) -> Tensor:
         if file.key("expert_count", 0):
             x = x + _experts(file, normed, block, inner[layer])
             continue
+        if architecture == "arcee":
+            active = file.linear(normed, f"{block}.ffn_up", inner[layer], bias=False).relu().square()
+            x = x + file.linear(active, f"{block}.ffn_down", hidden, bias=False)
+            continue
         if architecture == "glm4":  # in one tensor
             gate, up = file.linear(normed, f"{block}.ffn_up", 2 * inner[layer], bias=False).chunk(2, -1)
         else:

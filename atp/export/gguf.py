@@ -53,7 +53,7 @@ class Architecture:
     have one norm over all heads. full_every: of Gemma's, every which layer sees all tokens; 0 for others. largest: how
     many layers its largest model has, whose scores llama.cpp scales by hidden_size and heads. glm: whether it is
     that of GLM-4-0414, with gate and up in one tensor, norms behind the blocks, and RoPE of a part of each head.
-    activation: of the MLP, by its name in transformers.
+    activation: of the MLP, by its name in transformers; gated: whether the MLP has a gate.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Architecture:
     experts: bool = False
     sums_to_one: bool = True
     norm_over_heads: bool = False
+    gated: bool = True
     glm: bool = False
 
     @property
@@ -95,6 +96,10 @@ class Architecture:
             yield "norms behind the blocks"
         if self.full_every:
             yield from self._lacks_of_gemma(config)
+        if family.layer_norm:
+            yield "LayerNorms"
+        if (len(family.mlp) == 3) != self.gated:
+            yield "an MLP with a gate" if len(family.mlp) == 3 else "an MLP without a gate"
         if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
         has_experts = isinstance(family, ExpertFamily)
@@ -147,6 +152,7 @@ _OWN = {
         "gemma3", neighbours=False, biases=False, factors=False, qk_norm=True, full_every=6, largest=62,
         activation="gelu_pytorch_tanh",
     ),
+    "arcee": Architecture("arcee", activation="relu2", biases=False, gated=False),
     "glm4": Architecture("glm4", biases=False, factors=False, glm=True),
 }  # fmt: skip
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))

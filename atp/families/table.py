@@ -71,6 +71,7 @@ _GEMMA: dict[str, Any] = {
     "biases": _of_attention,
     "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _gemma_limit,
 }  # fmt: skip
+_UNGATED = ("mlp.up_proj", "mlp.down_proj")
 _GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 _QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 _NEIGHBOURS = "its RoPE rotates neighbours, which the space does not pair: use kv_group"
@@ -165,6 +166,42 @@ FAMILIES: dict[str, Family] = {
                 Block("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
             ),
             inexact={"head_dim": _NEIGHBOURS, "disp": _READ_WHOLE},
+        ),
+        Family("arcee", "Arcee (AFM)", mlp=_UNGATED, whole_heads=True, equal=_own_if_heads_divide("arcee")),
+        Family(
+            "nemotron",
+            "Nemotron, Minitron",
+            mlp=_UNGATED,
+            layer_norm=True,
+            unit_offset=True,
+            partial=True,
+            own_attention=True,
+            inexact={"head_dim": "its RoPE rotates a part of each head, and the space pairs all of it: use kv_group"},
+        ),
+        Family(
+            "jais2",
+            "Jais 2",
+            mlp=_UNGATED,
+            layer_norm=True,
+            whole_heads=True,
+            equal=_own_if_heads_divide("jais2"),
+        ),
+        Family(
+            "starcoder2",
+            "StarCoder2",
+            biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
+            mlp=("mlp.c_fc", "mlp.c_proj"),
+            layer_norm=True,
+        ),
+        Family(
+            "apertus",
+            "Apertus",
+            biases=_of_attention,
+            mlp=_UNGATED,
+            scalars=lambda config: 2,
+            qk_norm=True,
+            blocks=(Block("self_attn", "attention_layernorm"), Block("mlp", "feedforward_layernorm")),
+            inexact={"head_dim": _NORMS_OF_HEADS},
         ),
         ExpertFamily("mixtral", "Mixtral", biases=lambda config: Biases()),
         ExpertFamily("qwen3_moe", "Qwen3-MoE", biases=_of_attention, inner="moe_intermediate_size", qk_norm=True),

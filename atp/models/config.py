@@ -62,8 +62,11 @@ class LayerShape:
         """Whether heads have the width of the model before any cut."""
         return self.qk_pairs is None and self.v_head_dim == head_dim
 
-    def linears(self, head_dim: int, hidden_size: int) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none."""
+    def linears(self, head_dim: int, hidden_size: int, mlp: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none.
+
+        mlp: as in `atp.families.Family`.
+        """
         qk, queries, keys = self.qk_head_dim(head_dim), self.num_attention_heads, self.num_key_value_heads
         read, written, mlp_read, mlp_written = (self.selected(key, hidden_size) for key in SELECTIONS)
         attention = {
@@ -74,11 +77,8 @@ class LayerShape:
         }
         if self.num_experts is not None:
             return attention
-        return attention | {
-            "mlp.gate_proj": (self.intermediate_size, mlp_read),
-            "mlp.up_proj": (self.intermediate_size, mlp_read),
-            "mlp.down_proj": (mlp_written, self.intermediate_size),
-        }
+        producers = {name: (self.intermediate_size, mlp_read) for name in mlp[:-1]}
+        return attention | producers | {mlp[-1]: (mlp_written, self.intermediate_size)}
 
 
 _WIDTHS = [field.name for field in fields(LayerShape) if field.name != "skip"]

@@ -140,6 +140,8 @@ class CutLayer(nn.Module):
         hidden = config.hidden_size
         self.attention_selection = Selection(shape.attention_inputs, shape.attention_outputs)
         self.mlp_selection = Selection(shape.mlp_inputs, shape.mlp_outputs)
+        attention, mlp = FAMILIES[config.family].blocks
+        self.norms_before = attention.before, mlp.before
         self.attention_shortcut, self.mlp_shortcut = (
             nn.Linear(hidden, hidden, bias=False) if config.shortcuts else nn.Identity() for _ in range(2)
         )
@@ -148,9 +150,10 @@ class CutLayer(nn.Module):
         """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
         layer: Any = self
         attention, mlp = self.attention_selection, self.mlp_selection
-        attended, _ = layer.self_attn(hidden_states=attention.read(layer.input_layernorm(hidden_states)), **kwargs)
+        first, second = (getattr(layer, str(name)) for name in self.norms_before)
+        attended, _ = layer.self_attn(hidden_states=attention.read(first(hidden_states)), **kwargs)
         hidden_states = attention.add(layer, self.attention_shortcut(hidden_states), attended)
-        added = layer.mlp(mlp.read(layer.post_attention_layernorm(hidden_states)))
+        added = layer.mlp(mlp.read(second(hidden_states)))
         return mlp.add(layer, self.mlp_shortcut(hidden_states), added)
 
 
@@ -199,7 +202,7 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
         place_before(layer.self_attn, CutAttention).narrow(config, shape)
     if config.shortcuts or any(getattr(shape, key) is not None for key in SELECTIONS):
         place_before(layer, CutLayer).wrap(config, shape)
-    for name, (rows, columns) in shape.linears(config.head_dim, config.hidden_size).items():
+    for name, (rows, columns) in shape.linears(config.head_dim, config.hidden_size, family.mlp).items():
         linear = layer.get_submodule(name)
         if linear.weight.shape != (rows, columns):
             block, _, name = name.partition(".")

@@ -94,6 +94,8 @@ MODELS = {
     "glm": {"attention_bias": True},
     "glm-linear": {"rope_parameters": PART | {"rope_type": "linear", "factor": 2.0}},
     "glm4": {"attention_bias": True},
+    "arcee": {},
+    "jais2": {"hidden_act": "silu"},
     "glm4-yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     "gemma3_text-alternating": GEMMA | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
 }  # fmt: skip
@@ -125,6 +127,8 @@ EXPECTED = {
     "glm": ("llama", "llama", "deci"),
     "glm4": ("glm4", "glm4", None),
     "glm4-yarn": (None, None, None),
+    "arcee": ("arcee", "arcee", None),
+    "jais2": (None, None, None),
 }
 WIDTHS = ("whole", "equal", "unequal")
 CASES = [

@@ -23,7 +23,8 @@ CLASSES = {
     "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM", "ernie4_5": "Ernie4_5ForCausalLM", "exaone4": "Exaone4ForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM", "phi3": "Phi3ForCausalLM", "glm": "GlmForCausalLM",
-    "glm4": "Glm4ForCausalLM",
+    "glm4": "Glm4ForCausalLM", "arcee": "ArceeForCausalLM", "nemotron": "NemotronForCausalLM",
+    "jais2": "Jais2ForCausalLM", "starcoder2": "Starcoder2ForCausalLM", "apertus": "ApertusForCausalLM",
 }  # fmt: skip
 PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
 # A folder must load where nothing of this project can be imported.

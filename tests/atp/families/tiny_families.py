@@ -59,6 +59,11 @@ FAMILIES = {
     "phi3": {"sliding_window": 4, "resid_pdrop": 0.1},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "nemotron": {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "jais2": {"num_key_value_heads": 2},
+    "starcoder2": {"sliding_window": 4, "residual_dropout": 0.0, "tie_word_embeddings": True},
+    "apertus": {"attention_bias": True},
 }  # fmt: skip
 EXPERTS = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12},
@@ -70,7 +75,7 @@ EXPERTS = {
 INEXACT = {
     "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
     "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
-    "glm": {"head_dim"}, "glm4": {"head_dim", "disp"},
+    "nemotron": {"head_dim"}, "apertus": {"head_dim"}, "glm": {"head_dim"}, "glm4": {"head_dim", "disp"},
     "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
 }  # fmt: skip
 SPACES = [
