@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
         _CHUNKED: ("llama4", "llama4_text"),
         _FUSED: ("gpt_neox", "persimmon", "falcon"),
         _BESIDE: ("phi",),
-        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
+        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "deepseek_v3"),
     }.items()
     for name in names
 }  # fmt: skip

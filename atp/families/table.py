@@ -72,8 +72,8 @@ _GEMMA: dict[str, Any] = {
     "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _gemma_limit,
 }  # fmt: skip
 _UNGATED = ("mlp.up_proj", "mlp.down_proj")
-_GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
-_QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+_GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+_QKV: dict[str, tuple[str, ...]] = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 _NEIGHBOURS = "its RoPE rotates neighbours, which the space does not pair: use kv_group"
 _GLM: dict[str, Any] = {
     "biases": lambda config: Biases(qkv=config.attention_bias),
@@ -205,6 +205,16 @@ FAMILIES: dict[str, Family] = {
         ),
         ExpertFamily("mixtral", "Mixtral", biases=lambda config: Biases()),
         ExpertFamily("qwen3_moe", "Qwen3-MoE", biases=_of_attention, inner="moe_intermediate_size", qk_norm=True),
+        ExpertFamily(
+            "gpt_oss",
+            "gpt-oss (in bfloat16)",
+            biases=_of_attention,
+            router="mlp.router",
+            expert_biases=True,
+            scalars=lambda config: config.num_attention_heads,  # sinks of attention
+            own_attention=True,
+            layer_types=True,
+        ),
         ExpertFamily("olmoe", "OLMoE", biases=_of_attention, qk_norm=True, norms_all_heads=True, own_attention=True),
     )
 }

@@ -32,7 +32,7 @@ _PARAMETERS = (
     (r"(?:base_layer\.)?bias", (True, False)),
     (r"lora_A(?:\.\w+)?\.weight", (False, True)),
     (r"lora_B(?:\.\w+)?\.weight", (True, False)),
-    (r"(?:gate_up_proj|down_proj)", (True, False)),  # of all experts of a layer, one after the other
+    (r"(?:gate_up_proj|down_proj)(?:_bias)?", (True, False)),  # of all experts of a layer, one after the other
 )
 # The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
 _OPTIMIZER_STATE = r"(?:\.\w+)?"

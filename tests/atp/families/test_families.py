@@ -238,7 +238,6 @@ REFUSED = {
     "falcon": "projections are fused",
     "phi": "run beside each other",
     "qwen2_moe": "experts",
-    "gpt_oss": "experts",
     "gpt2": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3, smollm3, granite",
 }
 

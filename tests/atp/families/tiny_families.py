@@ -70,6 +70,8 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 12,
                   "norm_topk_prob": True, "attention_bias": True},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.7},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12,
+                "swiglu_limit": 1.0},
 }  # fmt: skip
 """The families whose MLPs are experts, which have a space of their own."""
 INEXACT = {
