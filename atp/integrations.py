@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.data.batches import IGNORE
+from atp.families import family_of, is_cut
 from atp.ground.errors import InputError
 from atp.inputs.resolve import resolve
 from atp.lora.layer import ADAPTER, MaskedPeftLinear, fuse_layers
@@ -271,6 +272,12 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
     """Makes the LoRA layers of the space know masks, in place: the optimizer holds their parameters already."""
     if not isinstance(model, PeftModel):
         raise InputError("ATPCallback needs a model with a LoRA adapter: wrap it with peft.get_peft_model first")
+    fused = () if is_cut(model.config) else family_of(model.config).fused
+    if fused:
+        raise InputError(
+            f"this model holds projections in one linear ({', '.join(fused)}): before the adapter is made, split them "
+            "with atp.models.fused.split_projections(model)"
+        )
     config = model.peft_config.get(ADAPTER)
     if not isinstance(config, LoraConfig) or len(model.peft_config) > 1:
         raise InputError(f"ATPCallback needs one LoRA adapter named '{ADAPTER}', not {', '.join(model.peft_config)}")

@@ -15,8 +15,9 @@ from torch.nn.functional import gelu, rms_norm, silu
 
 GEMMA = {"gemma2": (2, 46), "gemma3": (6, 62)}  # every which layer is full, and the layers of the largest model
 # Row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1.
+BEHIND = ("glm4", *GEMMA)  # with norms behind the blocks
 NEOX = ("qwen2", "qwen3", "qwen3moe", "olmoe", *GEMMA)
-WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3", "qwen3moe", "olmoe", *GEMMA)
+WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3", "qwen3moe", "olmoe", "glm4", *GEMMA)
 WITH_BIASES = ("llama", "deci", "granite")
 
 
@@ -85,7 +86,8 @@ def logits(file: File, ids: Tensor) -> Tensor:
         x = x * hidden**0.5
     residual = file.key("residual_scale", 1.0) if architecture == "granite" else 1
     scale = (file.key("attention.scale") if architecture == "granite" else None) or width**-0.5
-    angles = _angles(file, width, ids.shape[1])
+    rotated = file.key("rope.dimension_count") if architecture == "glm4" else width
+    angles = _angles(file, rotated, ids.shape[1])
     full_every, largest = GEMMA.get(architecture, (1, 0))
     if file.key("block_count") == largest:
         scale = (hidden // heads[0]) ** -0.5
@@ -125,17 +127,24 @@ def logits(file: File, ids: Tensor) -> Tensor:
         weights = (scores + mask).softmax(-1)
         mixed = (weights @ value).transpose(1, 2).flatten(2)
         attended = file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
-        if architecture in GEMMA:
+        if architecture in BEHIND:
             attended = norm(attended, f"{block}.post_attention_norm.weight")
         x = x + residual * attended
         normed = norm(x, f"{block}.ffn_norm.weight")
         if file.key("expert_count", 0):
             x = x + _experts(file, normed, block, inner[layer])
             continue
-        gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
+        if architecture == "arcee":
+            active = file.linear(normed, f"{block}.ffn_up", inner[layer], bias=False).relu().square()
+            x = x + file.linear(active, f"{block}.ffn_down", hidden, bias=False)
+            continue
+        if architecture == "glm4":  # in one tensor
+            gate, up = file.linear(normed, f"{block}.ffn_up", 2 * inner[layer], bias=False).chunk(2, -1)
+        else:
+            gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
         active = gelu(gate, approximate="tanh") if architecture in GEMMA else silu(gate)
         added = file.linear(active * up, f"{block}.ffn_down", hidden, bias=biases)
-        if architecture in GEMMA:
+        if architecture in BEHIND:
             added = norm(added, f"{block}.post_ffw_norm.weight")
         x = x + residual * added
     head = file.tensor("output.weight", (rows, hidden)) if "output.weight" in file.tensors else embeddings
@@ -190,8 +199,10 @@ def _angles(file: File, width: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(states: Tensor, angles: tuple[Tensor, Tensor], halves: bool) -> Tensor:
-    """states: [batch, tokens, heads, head_dim]."""
+    """states: [batch, tokens, heads, head_dim], of which as many are rotated as there are angles for."""
     cos, sin = (part[:, None].to(states.dtype) for part in angles)
+    states, rest = states.tensor_split([2 * cos.shape[-1]], -1)
     first, second = states.chunk(2, dim=-1) if halves else (states[..., ::2], states[..., 1::2])
     pair = (first * cos - second * sin, first * sin + second * cos)
-    return torch.cat(pair, dim=-1) if halves else torch.stack(pair, dim=-1).flatten(-2)
+    turned = torch.cat(pair, dim=-1) if halves else torch.stack(pair, dim=-1).flatten(-2)
+    return torch.cat([turned, rest], -1)

@@ -48,6 +48,11 @@ def sliced_width(config: PretrainedConfig, target: float) -> int:
     and keys.
     """
     family = family_of(config)
+    if family.layer_norm:
+        raise InputError(
+            f"slicegpt does not fit model family '{family.name}': its LayerNorms take the mean away, which "
+            "rotations do not keep, so choose another baseline"
+        )
     if family.blocks is not BLOCKS:
         raise InputError(
             f"slicegpt does not fit model family '{family.name}': norms read the outputs of its blocks, with which "
@@ -142,6 +147,7 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> PreTrainedModel:
 def _sliced_weights(model: PreTrainedModel, bases: Tensor) -> dict[str, Tensor]:
     """Every tensor of the sliced model by name: inputs absorb norm weights and basis, outputs the next basis."""
     decoder, (_, hidden, width) = model.model, bases.shape
+    *producers, writer_of_mlp = (name.removeprefix("mlp.") for name in family_of(model.config).mlp)
     norm = torch.full((width,), (hidden / width) ** 0.5, dtype=bases.dtype, device=bases.device)
     state = {
         "model.embed_tokens.weight": decoder.embed_tokens.weight.double() @ bases[0],
@@ -153,7 +159,7 @@ def _sliced_weights(model: PreTrainedModel, bases: Tensor) -> dict[str, Tensor]:
         before, middle, after = bases[2 * index : 2 * index + 3]
         blocks = (
             ("input_layernorm", "attention_shortcut", ("q_proj", "k_proj", "v_proj"), "o_proj", before, middle),
-            ("post_attention_layernorm", "mlp_shortcut", ("gate_proj", "up_proj"), "down_proj", middle, after),
+            ("post_attention_layernorm", "mlp_shortcut", tuple(producers), writer_of_mlp, middle, after),
         )
         for (norm_name, shortcut, readers, writer, this, following), block in zip(
             blocks, ("self_attn", "mlp"), strict=True

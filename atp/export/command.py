@@ -137,11 +137,12 @@ def _read(model: str, folder: Path | None, name: str) -> ExportSource:
 def _write_gguf(source: ExportSource, dtype: str, out: Path) -> list[str]:
     from atp.export.gguf import architecture_of, write_gguf
     from atp.inputs.loading import load_tokenizer
+    from atp.models.fused import split_projections
 
     shapes = source.shapes
     architecture = architecture_of(shapes, source.where)
     tokenizer = load_tokenizer(source.place)
-    remarks = write_gguf(source.load(), shapes, tokenizer, architecture, dtype, out, source.facts)
+    remarks = write_gguf(split_projections(source.load()), shapes, tokenizer, architecture, dtype, out, source.facts)
     return [f"llama.cpp's architecture {architecture.name}, {out.stat().st_size / 1e6:.1f} MB", *remarks]
 
 

@@ -29,6 +29,7 @@ from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
 from atp.models.config import SELECTIONS, CutConfig, LayerShape
+from atp.models.fused import joined
 
 DTYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -55,8 +56,9 @@ class Architecture:
     has no RoPE; 0 for none. multipliers: Granite's. experts: whether it has them in place of the MLP; sums_to_one:
     whether the weights of a token's experts are then divided by their sum. norm_over_heads: whether queries and keys
     have one norm over all heads. full_every: of Gemma's, every which layer sees all tokens; 0 for others. largest: how
-    many layers its largest model has, whose scores llama.cpp scales by hidden_size and heads.
-    activation: of the MLP, by its name in transformers.
+    many layers its largest model has, whose scores llama.cpp scales by hidden_size and heads. glm: whether it is
+    that of GLM-4-0414, with gate and up in one tensor, norms behind the blocks, and RoPE of a part of each head.
+    activation: of the MLP, by its name in transformers; gated: whether the MLP has a gate.
     """
 
     name: str
@@ -74,6 +76,13 @@ class Architecture:
     experts: bool = False
     sums_to_one: bool = True
     norm_over_heads: bool = False
+    gated: bool = True
+    glm: bool = False
+
+    @property
+    def norms_behind(self) -> bool:
+        """Whether norms read what the blocks give."""
+        return self.full_every > 0 or self.glm
 
     def lacks(self, config: CutConfig) -> Iterator[str]:
         """What the model needs and this architecture does not hold."""
@@ -88,10 +97,14 @@ class Architecture:
         if rotated != [not self.skips or (layer + 1) % self.skips != 0 for layer in range(len(rotated))]:
             yield "RoPE in just these layers"
         biases = family.biases(config)
-        if (family.blocks is not BLOCKS) != bool(self.full_every):
+        if (family.blocks is not BLOCKS) != self.norms_behind:
             yield "norms behind the blocks"
         if self.full_every:
             yield from self._lacks_of_gemma(config)
+        if family.layer_norm:
+            yield "LayerNorms"
+        if (len(family.mlp) == 3) != self.gated:
+            yield "an MLP with a gate" if len(family.mlp) == 3 else "an MLP without a gate"
         if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
         has_experts = isinstance(family, ExpertFamily)
@@ -103,7 +116,7 @@ class Architecture:
             yield "clipped queries, keys and values"
         if self.norm_over_heads and shapes[0].num_key_value_heads != shapes[0].num_attention_heads:
             yield "norms over fewer key heads than query heads"
-        if not self.factors and _rope(config).factors:
+        if not self.factors and _rope(config, self).factors:
             yield f"RoPE scaling of type {cast(dict[str, Any], _with_one_rope(config).rope_parameters)['rope_type']}"
 
     def _lacks_of_gemma(self, config: CutConfig) -> Iterator[str]:
@@ -144,6 +157,8 @@ _OWN = {
         "gemma3", neighbours=False, biases=False, factors=False, qk_norm=True, full_every=6, largest=62,
         activation="gelu_pytorch_tanh",
     ),
+    "arcee": Architecture("arcee", activation="relu2", biases=False, gated=False),
+    "glm4": Architecture("glm4", biases=False, factors=False, glm=True),
 }  # fmt: skip
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
 
@@ -205,7 +220,7 @@ def write_gguf(
                 writer.write_tensor_data(quantize(values, held[name]).view(_Written))
         finally:
             writer.close()
-    rope = _rope(config).remark
+    rope = _rope(config, architecture).remark
     remarks += [
         *_window_remark(config, architecture),
         *([rope] if rope else []),
@@ -239,12 +254,14 @@ class _Written(np.ndarray):
 class _Weight:
     """A tensor of the model, which the file holds as (tensor + offset) * factor.
 
-    heads: number of heads whose rows take the order that neighbours=True wants, or 0.
-    exact: whether it stays float32, as routers do.
+    heads: number of heads whose rows take the order that neighbours=True wants, or 0. rotated: how many rows of each
+    RoPE rotates, its first ones; still: a factor of the others. exact: whether it stays float32, as routers do.
     """
 
     tensor: Tensor
     heads: int = 0
+    rotated: int = 0
+    still: float = 1.0
     factor: float = 1.0
     offset: float = 0.0
     exact: bool = False
@@ -253,8 +270,10 @@ class _Weight:
         """As the file holds them, in float32."""
         values = self.tensor.detach().to("cpu", torch.float32)
         if self.heads:
-            rotated = values.view(self.heads, 2, -1, *values.shape[1:])  # [heads, half of a head, row in it, ...]
-            values = rotated.transpose(1, 2).reshape(values.shape)
+            by_head = values.view(self.heads, -1, *values.shape[1:])  # [heads, row, ...]
+            turning, still = by_head[:, : self.rotated], by_head[:, self.rotated :]
+            turning = turning.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+            values = torch.cat([turning, still * self.still], 1).view(values.shape)
         values = values + self.offset if self.offset else values
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
 
@@ -271,8 +290,9 @@ def _shapes(config: CutConfig) -> list[LayerShape]:
     return [config.layer_shape(layer) for layer in range(config.num_hidden_layers)]
 
 
-def _rope(config: CutConfig) -> Rope:
-    return cast(Rope, rope_of(_with_one_rope(config)))  # a model without is refused before anything else
+def _rope(config: CutConfig, architecture: Architecture) -> Rope:
+    plain = cast(dict[str, Any], config.rope_parameters).get("rope_type") == "default"
+    return Rope() if architecture.glm and plain else rope_of(_with_one_rope(config))
 
 
 def _with_one_rope(config: CutConfig) -> CutConfig:
@@ -307,12 +327,11 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     family = family_of(config)
     own = _OWN.get(config.family, _ANY[0])
-    if (family.own_attention and not own.norm_over_heads) or (family.blocks is not BLOCKS and not own.full_every):
+    apart = family.own_attention and not family.neighbours and not own.norm_over_heads
+    if apart or (family.blocks is not BLOCKS and not own.norms_behind):
         yield "its blocks are not those of Llama, which the architectures here hold", "use its folder with transformers"
     if (activation := family.hidden_act(config)) != own.activation:
         yield f"its activation is {activation}, and llama.cpp has {own.activation}", "use its folder with transformers"
-    if rope_of(_with_one_rope(config)) is None:
-        yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 
 
 def _window(config: CutConfig) -> int | None:
@@ -360,10 +379,11 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
     # Within a window sliding attention is full attention, the only kind that most architectures have.
     writer.add_context_length(length if window is None or architecture.full_every else min(length, window))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+    for add in (writer.add_key_length, writer.add_value_length):
         add(config.head_dim)
+    writer.add_rope_dimension_count(family.rotated(config) if architecture.glm else config.head_dim)
     writer.add_rope_freq_base(cast(dict[str, Any], _with_one_rope(config).rope_parameters)["rope_theta"])
-    _rope(config).add_keys(writer)
+    _rope(config, architecture).add_keys(writer)
     if architecture.full_every:
         writer.add_sliding_window(window if window is not None else length)
         if architecture.name == "gemma2":
@@ -386,12 +406,12 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     folded = {} if architecture.multipliers else _multipliers(config)
     if architecture.full_every:
         folded = {"q_norm" if architecture.qk_norm else "q_proj": _gemma_scale(config, architecture)}
-    unit_offset = family_of(config).unit_offset
-    tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
-    yield from ((name, _Weight(factors)) for name, factors in _rope(config).factors.items())
     family = family_of(config)
+    tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
+    rope = _rope(config, architecture)
+    yield from ((name, _Weight(factors)) for name, factors in rope.factors.items())
     router = family.router if isinstance(family, ExpertFamily) else None
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (joined(model.state_dict(), family) if architecture.glm else model.state_dict()).items():
         module = name.rsplit(".", 2)[-2]
         if module == "experts":
             yield from ((f"{names.get_name(part)}.weight", _Weight(own)) for part, own in _parts(name, tensor))
@@ -399,15 +419,15 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
         if module == "lm_head" and tied:
             continue  # llama.cpp takes the embeddings where there is no output.weight
         heads = 0
-        if architecture.neighbours and module in ("q_proj", "k_proj"):
+        if architecture.neighbours and not family.neighbours and module in ("q_proj", "k_proj"):
             shape = config.layer_shape(int(name.split(".")[2]))
             heads = shape.num_attention_heads if module == "q_proj" else shape.num_key_value_heads
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
-        offset = 1.0 if unit_offset and "norm" in module else 0.0
+        offset = 1.0 if family.unit_offset and "norm" in module else 0.0
         exact = router is not None and f".{router}." in name
-        yield found, _Weight(tensor, heads, folded.get(module, 1.0), offset, exact)
+        yield found, _Weight(tensor, heads, family.rotated(config), rope.still, folded.get(module, 1.0), offset, exact)
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

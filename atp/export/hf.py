@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atp.config import ATPConfig
 from atp.export.card import adapter_card, base_card
 from atp.export.sharded import save_sharded
+from atp.families import family_of
 from atp.ground import heap
 from atp.ground.errors import NotReached
 from atp.ground.files import whole_folder, write_json, write_tensors, write_text
@@ -63,8 +64,10 @@ def export_model(
 
 def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: ATPConfig) -> None:
     """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
-    base = folder / "base"
-    _save(base_of(model), base, tokenizer, base_card(config))
+    base, source = folder / "base", base_of(model)
+    # An adapter on projections fits no class that has them in one linear, so this base stays in ours.
+    own = bool(family_of(source.config).fused)
+    _save(source, base, tokenizer, base_card(config), stock=not own)
     if not processes.is_main():
         return
     with whole_folder(folder / "adapter") as adapter:
@@ -72,16 +75,18 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
-        stock = stock_config(model.get_base_model().config) is not None
+        stock = not own and stock_config(source.config) is not None
         write_text(adapter / "README.md", adapter_card(config, stock=stock))
 
 
-def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
+def _save(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str, *, stock: bool = True
+) -> None:
     if is_sharded(model):
         save_sharded(model, folder, tokenizer, card)
         return
     with whole_folder(folder) as written:
-        save_model(model, written)
+        save_model(model, written, stock=stock)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         write_text(written / "README.md", card)

@@ -15,34 +15,38 @@ EXPERTS = "mlp.experts"
 
 @dataclass(frozen=True)
 class Routed:
-    """How a layer spends its experts. taken: experts per token. inner, hidden: widths of one of them."""
+    """How a layer spends its experts. taken: experts per token. inner, hidden: widths of one. biases: its own."""
 
     experts: int
     taken: int
     inner: int
     hidden: int
+    biases: bool = False
 
     @property
     def weights(self) -> int:
         """Parameters of one expert: gate, up and down projection."""
-        return 3 * self.inner * self.hidden
+        return 3 * self.inner * self.hidden + (2 * self.inner + self.hidden if self.biases else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertFamily(Family):
     """A family whose every decoder layer has experts.
 
-    inner: the key of the config that is the width of an expert. router: its name in the layer.
+    inner: the key of the config that is the width of an expert. router: its name in the layer. expert_biases:
+    whether it and the experts have biases.
     """
 
     inner: str = "intermediate_size"
     space: str = "experts"
     router: str = "mlp.gate"
+    expert_biases: bool = False
 
     def routed(self, config: PretrainedConfig) -> Routed:
         """The experts of a decoder layer; config: as for `linears`."""
         found: Any = config
-        return Routed(found.num_experts, found.num_experts_per_tok, getattr(found, self.inner), found.hidden_size)
+        inner = getattr(found, self.inner)
+        return Routed(found.num_experts, found.num_experts_per_tok, inner, found.hidden_size, self.expert_biases)
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
         if space != self.space:
@@ -56,7 +60,7 @@ class ExpertFamily(Family):
         routed = self.routed(config)
         attention = {name: shape for name, shape in super().linears(config).items() if name.startswith("self_attn.")}
         return attention | {
-            self.router: Linear(routed.experts, routed.hidden, False, lora=False),
+            self.router: Linear(routed.experts, routed.hidden, self.expert_biases, lora=False),
             EXPERTS: Linear(routed.experts, routed.weights, False, lora=False),
         }
 

@@ -36,7 +36,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Biases:
-    """Which linears of a decoder layer have a bias. qkv: q_proj, k_proj and v_proj; o: o_proj; mlp: all three."""
+    """Which linears of a decoder layer have a bias. qkv: q_proj, k_proj and v_proj; o: o_proj; mlp: all of them."""
 
     qkv: bool = False
     o: bool = False
@@ -91,6 +91,10 @@ def _no_limit(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _no_scalars(config: PretrainedConfig) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How a family differs from Llama, whose layers add attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)), gated.
@@ -107,7 +111,12 @@ class Family:
     RMSNorms multiply by 1 + weight. inexact: mask spaces whose cut would change what the model computes, each with the
     reason. limit: why a model of some configs cannot be cut at all. equal: `model_type` of the class of transformers'
     own that computes what a cut model does whose layers all have the widths in its config, from that config; None where
-    there is no such class. Left out, it is the family's own. space: the mask space to
+    there is no such class. Left out, it is the family's own. fused: linears of transformers' class, each with
+    those whose rows it holds one after the other; here these are linears of their own. partial: whether RoPE may rotate
+    the first dimensions of a head alone (partial_rotary_factor). neighbours: whether it rotates dimensions 2 i and
+    2 i + 1, and not i with the one half of them later. mlp: the linears of the MLP, of which the last reads what an
+    activation makes of the one before it, times the one before that if there are three. layer_norm: whether norms
+    around blocks are LayerNorms, with weight and bias. scalars: further parameters of a layer. space: the mask space to
     suggest.
     """
 
@@ -126,6 +135,12 @@ class Family:
     inexact: Mapping[str, str] = field(default_factory=dict)
     limit: Callable[[PretrainedConfig], str | None] = _no_limit
     equal: Callable[[PretrainedConfig], str | None] | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: bool = False
+    neighbours: bool = False
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    layer_norm: bool = False
+    scalars: Callable[[PretrainedConfig], int] = _no_scalars
     space: str = "kv_group"
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
@@ -151,11 +166,19 @@ class Family:
         beyond = config.beyond_whole_heads() if is_cut(config) else None
         if beyond is not None:
             return f"the model is cut already and {beyond}, so give the model that it was cut from"
+        rotated, width = self.rotated(config), self.head_dim(config)
+        if space == "head_dim" and rotated < width and space not in self.inexact:
+            return f"its RoPE rotates {rotated} of {width} dimensions of a head, which the space pairs: use kv_group"
         return self.limit(config) or self.inexact.get(space)
 
     def head_dim(self, config: PretrainedConfig) -> int:
         """Width of an attention head."""
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def rotated(self, config: PretrainedConfig) -> int:
+        """How many dimensions of a head RoPE rotates, the first ones."""
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0) if self.partial else 1.0
+        return int(self.head_dim(config) * share)
 
     def linears(self, config: PretrainedConfig) -> dict[str, Linear]:
         """The prunable linears of a decoder layer by their names in it, e.g. `self_attn.q_proj`.
@@ -170,13 +193,12 @@ class Family:
             "self_attn.k_proj": Linear(keys, hidden, biases.qkv),
             "self_attn.v_proj": Linear(keys, hidden, biases.qkv),
             "self_attn.o_proj": Linear(hidden, queries, biases.o),
-            "mlp.gate_proj": Linear(inner, hidden, biases.mlp),
-            "mlp.up_proj": Linear(inner, hidden, biases.mlp),
-            "mlp.down_proj": Linear(hidden, inner, biases.mlp),
+            **{name: Linear(inner, hidden, biases.mlp) for name in self.mlp[:-1]},
+            self.mlp[-1]: Linear(hidden, inner, biases.mlp),
         }
 
     def norms(self, config: PretrainedConfig) -> dict[str, int]:
-        """The RMSNorms of a decoder layer by their names in it, with their widths."""
+        """The norms of a decoder layer by their names in it, with their widths."""
         around = (name for block in self.blocks for name in (block.before, block.after) if name is not None)
         norms = dict.fromkeys(around, config.hidden_size)
         if self.qk_norm:
@@ -187,8 +209,8 @@ class Family:
         return norms
 
     def norm_params(self, config: PretrainedConfig) -> int:
-        """Parameters of a decoder layer that no space removes: those of its norms."""
-        return sum(self.norms(config).values())
+        """Parameters of a decoder layer that no space removes: those of its norms, and of its activation."""
+        return sum(self.norms(config).values()) * (2 if self.layer_norm else 1) + self.scalars(config)
 
     def activation(self, config: PretrainedConfig) -> str | None:
         """The MLP's activation by its name in `atp_kernels`; None where that has no such activation."""

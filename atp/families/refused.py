@@ -2,12 +2,12 @@
 
 _MULTIMODAL = "it wraps a language model with encoders of other media, so give the language model alone, as a folder"
 _GEMMA3 = f"{_MULTIMODAL} of model_type gemma3_text"
-_FUSED = "its projections are fused (such as qkv_proj, gate_up_proj), so one linear would belong to several structures"
+_FUSED = "its projections are fused (query_key_value), so one linear would belong to several structures"
 _SHARED = "its layers share keys and values and have inputs of their own, so a cut of one layer reaches others"
 _RECURRENT = "layers of it keep a recurrent state (linear attention, Mamba, convolution), which no mask space describes"
 _LATENT = "its keys and values come from one latent vector, so its heads have no rows of their own there"
 _CHUNKED = "its MLPs are experts in one tensor and its attention sees chunks of a text, which no mask space describes"
-_UNGATED = "its MLPs have no gate, so a channel is not what the spaces remove"
+_BESIDE = "its attention and its MLP read one norm and run beside each other, which no refit follows"
 _EXPERTS = "its experts differ from those of Mixtral and Qwen3-MoE"
 
 REASONS: dict[str, str] = {
@@ -26,9 +26,9 @@ REASONS: dict[str, str] = {
             "youtu",
         ),
         _CHUNKED: ("llama4", "llama4_text"),
-        _FUSED: ("phi3", "glm", "glm4", "gpt_neox", "persimmon", "falcon"),
-        _UNGATED: ("apertus", "arcee", "jais2", "nemotron", "phi", "starcoder2"),
-        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
+        _FUSED: ("gpt_neox", "persimmon", "falcon"),
+        _BESIDE: ("phi",),
+        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "deepseek_v3"),
     }.items()
     for name in names
 }  # fmt: skip

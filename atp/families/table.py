@@ -27,6 +27,15 @@ def _own_if_heads_divide(name: str) -> Callable[[PretrainedConfig], str | None]:
     return lambda config: None if config.hidden_size % config.num_attention_heads else name
 
 
+def _like_phi3(config: PretrainedConfig) -> str | None:
+    # Phi-3's own class counts the factors of longrope by hidden_size and heads. Mistral is the same decoder without
+    # fused projections, and its RoPE rotates whole heads.
+    widths = config.num_attention_heads * config.head_dim, config.hidden_size
+    if widths[0] == widths[1] or config.rope_parameters["rope_type"] == "default":
+        return "phi3"
+    return "mistral" if config.rope_parameters["partial_rotary_factor"] == 1 else None
+
+
 def _gemma_limit(config: PretrainedConfig) -> str | None:
     if declared(config, "use_bidirectional_attention", None):
         return "its tokens see those behind them (use_bidirectional_attention), and losses here are of the next token"
@@ -61,6 +70,14 @@ _OLMO: dict[str, Any] = {
 _GEMMA: dict[str, Any] = {
     "biases": _of_attention,
     "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _gemma_limit,
+}  # fmt: skip
+_UNGATED = ("mlp.up_proj", "mlp.down_proj")
+_GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+_QKV: dict[str, tuple[str, ...]] = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+_NEIGHBOURS = "its RoPE rotates neighbours, which the space does not pair: use kv_group"
+_GLM: dict[str, Any] = {
+    "biases": lambda config: Biases(qkv=config.attention_bias),
+    "own_attention": True, "fused": _GATE_UP, "partial": True, "neighbours": True,
 }  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -109,7 +126,8 @@ FAMILIES: dict[str, Family] = {
             "ERNIE 4.5 (dense)",
             biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
             own_attention=True,
-            inexact={"head_dim": "its RoPE rotates neighbours, which the space does not pair: use kv_group"},
+            neighbours=True,
+            inexact={"head_dim": _NEIGHBOURS},
         ),
         Family(
             "hunyuan_v1_dense",
@@ -130,8 +148,73 @@ FAMILIES: dict[str, Family] = {
             blocks=_BEHIND,
             inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
         ),
+        Family(
+            "phi3",
+            "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+            biases=lambda config: Biases(),
+            fused=_QKV | _GATE_UP,
+            partial=True,
+            equal=_like_phi3,
+        ),
+        Family("glm", "GLM-4-9B, GLM-Edge", **_GLM, inexact={"head_dim": _NEIGHBOURS}),
+        Family(
+            "glm4",
+            "GLM-4-0414",
+            **_GLM,
+            blocks=(
+                Block("self_attn", "input_layernorm", "post_self_attn_layernorm"),
+                Block("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
+            ),
+            inexact={"head_dim": _NEIGHBOURS, "disp": _READ_WHOLE},
+        ),
+        Family("arcee", "Arcee (AFM)", mlp=_UNGATED, whole_heads=True, equal=_own_if_heads_divide("arcee")),
+        Family(
+            "nemotron",
+            "Nemotron, Minitron",
+            mlp=_UNGATED,
+            layer_norm=True,
+            unit_offset=True,
+            partial=True,
+            own_attention=True,
+            inexact={"head_dim": "its RoPE rotates a part of each head, and the space pairs all of it: use kv_group"},
+        ),
+        Family(
+            "jais2",
+            "Jais 2",
+            mlp=_UNGATED,
+            layer_norm=True,
+            whole_heads=True,
+            equal=_own_if_heads_divide("jais2"),
+        ),
+        Family(
+            "starcoder2",
+            "StarCoder2",
+            biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
+            mlp=("mlp.c_fc", "mlp.c_proj"),
+            layer_norm=True,
+        ),
+        Family(
+            "apertus",
+            "Apertus",
+            biases=_of_attention,
+            mlp=_UNGATED,
+            scalars=lambda config: 2,
+            qk_norm=True,
+            blocks=(Block("self_attn", "attention_layernorm"), Block("mlp", "feedforward_layernorm")),
+            inexact={"head_dim": _NORMS_OF_HEADS},
+        ),
         ExpertFamily("mixtral", "Mixtral", biases=lambda config: Biases()),
         ExpertFamily("qwen3_moe", "Qwen3-MoE", biases=_of_attention, inner="moe_intermediate_size", qk_norm=True),
+        ExpertFamily(
+            "gpt_oss",
+            "gpt-oss (in bfloat16)",
+            biases=_of_attention,
+            router="mlp.router",
+            expert_biases=True,
+            scalars=lambda config: config.num_attention_heads,  # sinks of attention
+            own_attention=True,
+            layer_types=True,
+        ),
         ExpertFamily("olmoe", "OLMoE", biases=_of_attention, qk_norm=True, norms_all_heads=True, own_attention=True),
     )
 }

@@ -19,6 +19,7 @@ from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
 from atp.data.tokens import Pieces
 from atp.evaluation.perplexity import bytes_of, packed_windows
+from atp.families import family_of, is_cut
 from atp.ground import heap
 from atp.ground.errors import InputError, is_out_of_memory, reason
 from atp.ground.places import PACKAGED_MODEL, refuse_no_model
@@ -85,11 +86,17 @@ def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     """
     # The classes of models take seconds to import, which a look at config and tokenizer spares.
     from atp.models.base import quantize_base
+    from atp.models.fused import split_projections
     from atp.processes.finite import refuse_weights
 
     shapes = load_shapes(config)
     check_prunable(config, shapes, space)
     if processes.sharded():
+        if (fused := family_of(shapes).fused) and not is_cut(shapes):
+            raise InputError(
+                f"{config.path} holds projections in one linear ({', '.join(fused)}), which shards do not split: leave "
+                "out training.sharding"
+            )
         from atp.sharding.read import read_sharded
 
         source = _source(config)
@@ -103,7 +110,7 @@ def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
         )
         refuse_weights(sharded)
         return sharded
-    model = load_any_model(config)
+    model = split_projections(load_any_model(config))
     refuse_weights(model)
     if config.load_in is not None:
         quantize_base(model, config.load_in, MaskSpace.from_config(shapes, space))

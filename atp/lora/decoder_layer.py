@@ -16,7 +16,7 @@ from atp.families import BLOCKS
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
-from atp.models.layers import add_block, residual_multiplier
+from atp.models.layers import add_block, mlp_output, residual_multiplier
 from atp_kernels import add_rms_norm, rms_norm
 from atp_kernels.packed.op import Norm
 
@@ -76,7 +76,7 @@ class FusedLayer(nn.Module):
             given = {"attention_mask": None, **kwargs, "hidden_states": layer.input_layernorm(hidden_states)}
             output, _ = layer.self_attn(**given)
             x, normed = second.after(hidden_states, output, residual_multiplier(layer))
-            return add_block(layer, x, layer.mlp(normed))
+            return add_block(layer, x, mlp_output(layer.mlp, normed))
         norm = self._norm("post_attention_layernorm", "mlp", x)
         y = None if norm is None else layer.mlp.packed(x, norm)
         return x + layer.mlp(second(x)) if y is None else y

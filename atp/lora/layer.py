@@ -296,11 +296,11 @@ def fuse_layers(model: PeftModel) -> PeftModel:
             linear.holds_casts = not is_sharded(base)
         if isinstance(family, ExpertFamily):
             mask_experts(layer, family)
-        elif runs_stock_forward(layer.mlp) and all(isinstance(part, MaskedPeftLinear) for part in _parts(layer.mlp)):
+        elif len(family.mlp) == 3 and runs_stock_forward(layer.mlp) and _are_masked(layer.mlp):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
-            if not runs_stock_forward(norm) or family.unit_offset:
+            if not runs_stock_forward(norm) or family.unit_offset or not hasattr(norm, "variance_epsilon"):
                 continue
             if is_sharded(base):
                 FusedRMSNorm.adopt(norm)
@@ -309,6 +309,10 @@ def fuse_layers(model: PeftModel) -> PeftModel:
         if not is_sharded(base) and family.blocks is BLOCKS:
             fuse_layer(layer)
     return model
+
+
+def _are_masked(mlp: Any) -> bool:
+    return all(isinstance(part, MaskedPeftLinear) for part in _parts(mlp))
 
 
 def _parts(mlp: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -325,7 +329,7 @@ def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
         mlp = modules["mlp"]
         if isinstance(family, ExpertFamily):
             unmask_experts(layer, family)
-        else:  # PEFT gives back the linears, but not the modules around them
+        elif len(family.mlp) == 3:  # PEFT gives back the linears, but not the modules around them
             mlp.gate_proj, mlp.up_proj, mlp.down_proj = _parts(layer.mlp)
         for name, module in modules.items():
             layer.set_submodule(name, module)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as sink_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
@@ -177,16 +178,26 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [batch, tokens, heads, dim] with RoPE, as [batch, heads, tokens, dim].
 
-    angles: cos and sin [batch or 1, tokens, positions]; index [dim]: the positions of the kept pairs, None for all.
+    angles: cos and sin [batch or 1, tokens, positions]; index [dim]: the positions of the kept pairs, None for all, of
+    which fewer than dim rotate the first dimensions alone.
     width: where RoPE is one kernel, it fills heads with zeros up to this.
     """
     cos, sin = angles
+    if index is None and (part := cos.shape[-1]) < query.shape[-1]:
+        return _rotate_part(query.transpose(1, 2), key.transpose(1, 2), angles, part)
     if fuses(query):
         return rotary_embedding(query, key, cos, sin, index=index, width=width)
     if index is not None:
         cos, sin = cos.index_select(-1, index), sin.index_select(-1, index)
     rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     return rotated
+
+
+def _rotate_part(query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor], part: int) -> tuple[Tensor, Tensor]:
+    """Heads [batch, heads, tokens, dim] with RoPE on their first dimensions."""
+    rotated = apply_rotary_pos_emb(query[..., :part], key[..., :part], *angles)
+    query, key = (torch.cat([new, old[..., part:]], -1) for new, old in zip(rotated, (query, key), strict=True))
+    return query, key
 
 
 def _attention(
@@ -196,7 +207,9 @@ def _attention(
         attention_mask = None
     dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
     if kwargs.get("softcap") is not None:
-        return _capped(module, query, key, value, attention_mask, **kwargs), None
+        return _eagerly(eager_attention_forward, module, query, key, value, attention_mask, **kwargs), None
+    if kwargs.get("s_aux") is not None:
+        return _eagerly(sink_attention_forward, module, query, key, value, attention_mask, **kwargs), None
     if scaling is not None and not dropout and suits(query, key, value, attention_mask):
         output = short_attention(query, key, value, attention_mask, scaling)
     elif attention_mask is not None and query.device.type in GROUPED_ON and 1 < query.shape[2] == key.shape[2]:
@@ -217,15 +230,22 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _capped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """Attention with a soft cap on its scores, which no fused kernel of torch has; mask: bool, None for causal."""
+def _eagerly(
+    attend: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Attention with a soft cap on its scores or with sinks, which no fused kernel of torch has.
+
+    attend: transformers' function for it. mask: bool, None for causal.
+    """
     tokens, seen = query.shape[2], key.shape[2]
     if mask is None:
         mask = query.new_ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
     added = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(query.dtype).min)
     # What the attention reads of its module may differ between the layers of a cut model, and is told by the shapes.
-    groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], training=module.training)
-    output: Tensor = eager_attention_forward(groups, query, key, value, added, **kwargs)[0]
+    groups: Any = SimpleNamespace(
+        num_key_value_groups=query.shape[1] // key.shape[1], training=module.training, sinks=kwargs.get("s_aux")
+    )
+    output: Tensor = attend(groups, query, key, value, added, **kwargs)[0]
     return output
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from atp.families import cut_type, declared, family_of
+from atp.families import FAMILIES, cut_type, declared, family_of
 from atp.ground.errors import shorten
 from atp.models.earlier import from_earlier
 
@@ -62,8 +62,11 @@ class LayerShape:
         """Whether heads have the width of the model before any cut."""
         return self.qk_pairs is None and self.v_head_dim == head_dim
 
-    def linears(self, head_dim: int, hidden_size: int) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none."""
+    def linears(self, head_dim: int, hidden_size: int, mlp: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none.
+
+        mlp: as in `atp.families.Family`.
+        """
         qk, queries, keys = self.qk_head_dim(head_dim), self.num_attention_heads, self.num_key_value_heads
         read, written, mlp_read, mlp_written = (self.selected(key, hidden_size) for key in SELECTIONS)
         attention = {
@@ -74,11 +77,8 @@ class LayerShape:
         }
         if self.num_experts is not None:
             return attention
-        return attention | {
-            "mlp.gate_proj": (self.intermediate_size, mlp_read),
-            "mlp.up_proj": (self.intermediate_size, mlp_read),
-            "mlp.down_proj": (mlp_written, self.intermediate_size),
-        }
+        producers = {name: (self.intermediate_size, mlp_read) for name in mlp[:-1]}
+        return attention | producers | {mlp[-1]: (mlp_written, self.intermediate_size)}
 
 
 _WIDTHS = [field.name for field in fields(LayerShape) if field.name != "skip"]
@@ -195,7 +195,9 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
 
     def validate_rope(self) -> None:
         """Checks rope_parameters; called by transformers."""
-        super(CutConfig, type(self)).validate_rope(self.without_layers())
+        whole = self.without_layers()
+        whole.hidden_size = whole.num_attention_heads * whole.head_dim  # by which Phi-3 counts the pairs of a head
+        super(CutConfig, type(self)).validate_rope(whole)
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
@@ -280,5 +282,7 @@ def config_class(name: str) -> type[CutConfig]:
 
     Config.__name__ = Config.__qualname__ = f"ATP{stock.__name__}"
     Config.__module__ = "atp.models"
+    if FAMILIES[name].fused:  # whose linears are Mistral's in the cut model
+        Config.base_model_tp_plan = CONFIG_MAPPING["mistral"].base_model_tp_plan
     AutoConfig.register(Config.model_type, Config, exist_ok=True)
     return Config

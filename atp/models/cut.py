@@ -1,10 +1,11 @@
 """Cut models: each is its family's own class of transformers, with layers that differ in width.
 
 Layer i is the family's decoder layer made from `config.per_layer_config[i]`, as transformers itself means to make it,
-and nothing else changes: forward, cache, masks and RoPE are the family's. Two parts of a layer are ours, where the
-family's cannot hold what is left: attention whose heads are narrower than head_dim (`CutAttention`), and a layer whose
-blocks see a part of the residual stream or pass it through a matrix (`CutLayer`). A block that the layer's `skip` names
-is left out.
+and nothing else changes: forward, cache, masks and RoPE are the family's. Where the family fuses projections, those of
+a block are linears of their own, as in Mistral, which computes the same. Two parts of a layer are ours, where the
+family's cannot hold what is left: attention whose heads are narrower than head_dim or rotated in part (`CutAttention`),
+and a layer whose blocks see a part of the residual stream or pass it through a matrix (`CutLayer`). A block that the
+layer's `skip` names is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
 
 from atp.families import FAMILIES, family_name
 from atp.models import attention
@@ -138,6 +140,8 @@ class CutLayer(nn.Module):
         hidden = config.hidden_size
         self.attention_selection = Selection(shape.attention_inputs, shape.attention_outputs)
         self.mlp_selection = Selection(shape.mlp_inputs, shape.mlp_outputs)
+        attention, mlp = FAMILIES[config.family].blocks
+        self.norms_before = attention.before, mlp.before
         self.attention_shortcut, self.mlp_shortcut = (
             nn.Linear(hidden, hidden, bias=False) if config.shortcuts else nn.Identity() for _ in range(2)
         )
@@ -146,9 +150,10 @@ class CutLayer(nn.Module):
         """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
         layer: Any = self
         attention, mlp = self.attention_selection, self.mlp_selection
-        attended, _ = layer.self_attn(hidden_states=attention.read(layer.input_layernorm(hidden_states)), **kwargs)
+        first, second = (getattr(layer, str(name)) for name in self.norms_before)
+        attended, _ = layer.self_attn(hidden_states=attention.read(first(hidden_states)), **kwargs)
         hidden_states = attention.add(layer, self.attention_shortcut(hidden_states), attended)
-        added = layer.mlp(mlp.read(layer.post_attention_layernorm(hidden_states)))
+        added = layer.mlp(mlp.read(second(hidden_states)))
         return mlp.add(layer, self.mlp_shortcut(hidden_states), added)
 
 
@@ -177,7 +182,12 @@ class SkippedMLP(nn.Module):
 
 def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
     """One decoder layer of the widths that the config has for it."""
-    layer: Any = kind(config.per_layer_config[index], index)
+    family, own = FAMILIES[config.family], config.per_layer_config[index]
+    layer: Any = kind(own, index)
+    if any(name.startswith("self_attn.") for name in family.fused):
+        layer.self_attn = MistralAttention(own, index)
+    if any(name.startswith("mlp.") for name in family.fused):
+        layer.mlp = MistralMLP(own)
     for module in layer.modules():
         if hasattr(module, "config"):
             module.config = config  # that of the model, which says how to attend
@@ -187,21 +197,22 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
         shape.num_attention_heads,
         shape.num_key_value_heads,
     )
-    if not shape.has_whole_heads(config.head_dim):
+    in_part = not family.own_attention and family.rotated(config) < config.head_dim
+    if in_part or not shape.has_whole_heads(config.head_dim):
         place_before(layer.self_attn, CutAttention).narrow(config, shape)
     if config.shortcuts or any(getattr(shape, key) is not None for key in SELECTIONS):
         place_before(layer, CutLayer).wrap(config, shape)
-    for name, (rows, columns) in shape.linears(config.head_dim, config.hidden_size).items():
+    for name, (rows, columns) in shape.linears(config.head_dim, config.hidden_size, family.mlp).items():
         linear = layer.get_submodule(name)
         if linear.weight.shape != (rows, columns):
             block, _, name = name.partition(".")
             setattr(layer.get_submodule(block), name, nn.Linear(columns, rows, bias=linear.bias is not None))
     skipped: dict[str, nn.Module] = {"self_attn": SkippedAttention(index)} if "attention" in shape.skip else {}
     skipped |= {"mlp": SkippedMLP()} if "mlp" in shape.skip else {}
-    for own in FAMILIES[config.family].blocks:
-        if own.module in skipped:
-            setattr(layer, own.module, skipped[own.module])
-            for norm in filter(None, (own.before, own.after)):
+    for place in family.blocks:
+        if place.module in skipped:
+            setattr(layer, place.module, skipped[place.module])
+            for norm in filter(None, (place.before, place.after)):
                 setattr(layer, norm, nn.Identity())
     return layer
 
@@ -285,6 +296,18 @@ def copy_unsaved(model: Any, source: Any) -> None:
     model.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     for name, buffer in source.model.embed_tokens.named_buffers():
         setattr(model.model.embed_tokens, name, buffer)
+
+
+def complete(model: Any, source: Any, *, tie: bool = True) -> None:
+    """Gives a causal LM what no state dict holds: tied weights, non-persistent buffers and the generation config.
+
+    source: the causal LM that its weights are from. tie: whether to tie weights, which shards are already.
+    """
+    if tie and model.config.tie_word_embeddings:
+        model.tie_weights()
+    copy_unsaved(model, source)
+    place_indices(model)
+    model.generation_config = copy.deepcopy(source.generation_config)
 
 
 def place_indices(model: PreTrainedModel) -> None:

@@ -77,9 +77,14 @@ def block_output(layer: Any, block: Block, x: Tensor, arguments: LayerArguments)
     normed = x if block.before is None else layer.get_submodule(block.before)(x)
     module = layer.get_submodule(block.module)
     if block.module == "mlp":
-        output: Tensor = module(normed)
-        return output
+        return mlp_output(module, normed)
     return cast(Tensor, module(hidden_states=normed, **arguments[module.layer_idx])[0])
+
+
+def mlp_output(mlp: Any, normed: Tensor) -> Tensor:
+    """What an MLP gives, [batch, tokens, hidden]; that of gpt-oss also says how it chose experts."""
+    output: Any = mlp(normed)
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def add_output(layer: Any, block: Block, x: Tensor, output: Tensor) -> Tensor:

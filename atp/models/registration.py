@@ -19,7 +19,8 @@ from typing import Any
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "ministral", "ministral3", "ernie4_5", "hunyuan_v1_dense", "exaone4", "mixtral", "qwen3_moe", "olmoe",
+    "ministral", "ministral3", "ernie4_5", "hunyuan_v1_dense", "exaone4", "phi3", "glm", "glm4", "arcee",
+    "nemotron", "jais2", "starcoder2", "apertus", "mixtral", "qwen3_moe", "olmoe", "gpt_oss",
 )  # fmt: skip
 """Names of `atp.families`, which cannot be imported here."""
 

@@ -79,7 +79,10 @@ def check_rope(config: PretrainedConfig) -> None:
     if not family.ropes_by_type:
         if any(isinstance(value, Mapping) for value in parameters.values()):
             _refuse("rope_parameters", parameters, "give those of one type of RoPE, one for all layers")
-        _check_one_rope(whole, family.head_dim(whole) // 2)
+        share = parameters.get("partial_rotary_factor", 1.0)
+        if family.partial and not (isinstance(share, (int, float)) and 0 < share <= 1):
+            _refuse("partial_rotary_factor", share, "make it a share of a head, above 0 and at most 1")
+        _check_one_rope(whole, family.rotated(whole) // 2)
         return
     for layer_type in sorted(set(whole.layer_types)):
         one = copy.copy(whole)
@@ -95,10 +98,12 @@ def _check_one_rope(whole: Any, pairs: int) -> None:
         _refuse("rope_type in rope_parameters", kind, f"make it one of {', '.join(types)}")
     if kind == "default" and _is_plain(whole.rope_parameters):
         return
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # seconds, which plain RoPE does not take
+    # Seconds, which plain RoPE does not take. Phi-3's is Llama's, of a part of a head where that is asked for.
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     try:
-        found = LlamaRotaryEmbedding(whole)
+        found = (Phi3RotaryEmbedding if family_of(whole).partial else LlamaRotaryEmbedding)(whole)
         frequencies: list[Any] = [found.inv_freq]
         scales = [found.attention_scaling]
         if kind != "default":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from atp.families import family_of
+from atp.families import FAMILIES, family_of
 from atp.ground.files import write_json
 from atp.models.config import CutConfig
-from atp.models.cut import copy_unsaved
+from atp.models.cut import complete
+from atp.models.fused import joined
 
 
 def stock_config(config: Any) -> PretrainedConfig | None:
@@ -46,7 +46,10 @@ def stock_config(config: Any) -> PretrainedConfig | None:
 
 @torch.no_grad()
 def as_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in the class that `stock_config` finds, else the model itself. Weights are shared with `model`."""
+    """The model in the class that `stock_config` finds, else the model itself.
+
+    Weights are shared with `model`, but for those that this class holds in one linear.
+    """
     config = stock_config(model.config)
     if config is None:
         return model
@@ -55,21 +58,18 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)
-    stock.load_state_dict(model.state_dict(), assign=True)
-    if config.tie_word_embeddings:
-        stock.tie_weights()
-    copy_unsaved(stock, model)
-    stock.generation_config = copy.deepcopy(model.generation_config)
+    stock.load_state_dict(joined(model.state_dict(), FAMILIES[config.model_type]), assign=True)
+    complete(stock, model)
     return stock.train(model.training)
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json and the weights as safetensors, in a class of transformers' own where there is one.
+def save_model(model: PreTrainedModel, folder: Path, *, stock: bool = True) -> None:
+    """Writes config.json and the weights as safetensors; stock: in a class of transformers' own where there is one.
 
     `rope_theta` and `rope_scaling` stand beside transformers' `rope_parameters` in config.json, because the converters
     of llama.cpp and mlx-lm look there.
     """
-    as_stock(model).save_pretrained(folder, safe_serialization=True)
+    (as_stock(model) if stock else model).save_pretrained(folder, safe_serialization=True)
     rope_for_converters(folder)
 
 

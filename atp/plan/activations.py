@@ -19,7 +19,6 @@ from atp.spaces.space import Cut
 from atp.training.cross_entropy import CHUNK_BYTES
 
 _FLOAT = 4
-_PRODUCERS = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     linears, hidden = widths.linears, shapes.config.hidden_size
     reads = linears["self_attn.q_proj"].in_features
     if widths.experts is None:
-        reads += linears["mlp.gate_proj"].in_features
+        reads += linears[_producers(shapes)[0]].in_features
     numbers = reads + _attention(widths, how, shapes) + _mlp(widths) + how.rank * len(linears)
     if how.watched and not _in_one_call(shapes, how):
         numbers += _sums(shapes, widths, parts_of_mlp=2)
@@ -64,7 +63,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
         if how.product < _FLOAT:
             numbers += sum(linear.in_features for linear in linears.values()) - reads
     stream = _read_by_norms(shapes, widths, how)
-    for ends in ("self_attn.o_proj", "mlp.down_proj"):
+    for ends in ("self_attn.o_proj", family_of(shapes.config).mlp[-1]):
         if ends in linears and linears[ends].out_features != hidden:  # what is added to a part of the stream
             stream += linears[ends].out_features
     if widths.qk_dim != shapes.whole[0].qk_dim:  # the cosines and sines of the pairs that this layer keeps
@@ -103,7 +102,7 @@ def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int
     parts_of_mlp: how many times the width of an MLP more, where what is read keeps its linears from being fused.
     """
     outputs = [cut.module for cut in _outputs(shapes)]
-    apart = any(cut.axis == 1 and cut.module in _PRODUCERS for cut in _soft(shapes))
+    apart = any(cut.axis == 1 and cut.module in _producers(shapes) for cut in _soft(shapes))
     each = sum(widths.linears[module].out_features for module in outputs)
     return each + (parts_of_mlp * widths.inner if apart else 0)
 
@@ -122,8 +121,12 @@ def _soft(shapes: ModelShapes) -> list[Cut]:
 
 
 def _outputs(shapes: ModelShapes) -> list[Cut]:
-    linears = shapes.space.adapted
-    return [cut for cut in _soft(shapes) if cut.axis == 0 and cut.module in linears and cut.module not in _PRODUCERS]
+    linears = set(shapes.space.adapted) - set(_producers(shapes))
+    return [cut for cut in _soft(shapes) if cut.axis == 0 and cut.module in linears]
+
+
+def _producers(shapes: ModelShapes) -> tuple[str, ...]:
+    return family_of(shapes.config).mlp[:-1]
 
 
 def _pads(widths: LayerWidths) -> bool:
@@ -132,7 +135,7 @@ def _pads(widths: LayerWidths) -> bool:
 
 def _in_one_call(shapes: ModelShapes, how: Pass) -> bool:
     """Whether attention is one call, which keeps the outputs of its linears anyway."""
-    reads = any(cut.axis == 1 for cut in _soft(shapes))
+    reads = any(cut.axis == 1 and cut.module.startswith("self_attn.") for cut in _soft(shapes))
     family = family_of(shapes.config)
     return bool(how.short) and not reads and not family.qk_norm and not family.own_attention
 

@@ -17,6 +17,7 @@ from atp.decide.rules import width_rules
 from atp.families import ExpertFamily, Linear, Routed, family_of, layer_config
 from atp.models.config import CutConfig
 from atp.removal import cut_config
+from atp.spaces.mlp import mlp_linears
 from atp.spaces.space import MaskSpace
 
 _HALVINGS = 50
@@ -58,7 +59,7 @@ class LayerWidths:
     def inner(self) -> int:
         """Channels of the MLP that a token goes through."""
         if self.experts is None:
-            return self.linears["mlp.down_proj"].in_features
+            return self.linears[mlp_linears(self.linears)[-1]].in_features
         return self.experts.taken * self.experts.inner
 
     def adapter(self, rank: int) -> int:

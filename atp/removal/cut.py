@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
 from atp.models.config import CutConfig
-from atp.models.cut import build, copy_unsaved, place_indices
+from atp.models.cut import build, complete
 from atp.sharding.shards import fill, is_sharded, shard, whole
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight, compact
@@ -32,7 +32,7 @@ _PARAMETERS = (
     (r"(?:base_layer\.)?bias", (True, False)),
     (r"lora_A(?:\.\w+)?\.weight", (False, True)),
     (r"lora_B(?:\.\w+)?\.weight", (True, False)),
-    (r"(?:gate_up_proj|down_proj)", (True, False)),  # of all experts of a layer, one after the other
+    (r"(?:gate_up_proj|down_proj)(?:_bias)?", (True, False)),  # of all experts of a layer, one after the other
 )
 # The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
 _OPTIMIZER_STATE = r"(?:\.\w+)?"
@@ -94,7 +94,7 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
         cut = _wrap_like(model, base) if isinstance(model, PeftModel) else base
     state = {name: tensor for name, tensor in model.state_dict().items() if not in_shards or ".lora_" in name}
     cut.load_state_dict(cut_state_dict(state, space, mask), assign=True, strict=not in_shards)
-    _complete(base, source)
+    complete(base, source, tie=not in_shards)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in cut.named_parameters():
         parameter.requires_grad_(trainable[name])
@@ -133,7 +133,7 @@ def _plain(model: PeftModel, change: Callable[[str, Tensor], Tensor]) -> PreTrai
     else:
         state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
         plain.load_state_dict({name: change(name, tensor) for name, tensor in state.items()}, assign=True)
-    _complete(plain, source)
+    complete(plain, source, tie=not is_sharded(plain))
     return plain.train(model.training)
 
 
@@ -207,18 +207,6 @@ def _wrap_like(model: PeftModel, base: PreTrainedModel) -> PeftModel:
     wrapped = get_peft_model(base, config, **options)
     wrapped.peft_config[adapter].base_model_name_or_path = None  # PEFT writes the name of the model into it
     return fuse_layers(wrapped)
-
-
-def _complete(base: Any, source: Any) -> None:
-    """Sets what no state dict holds: tied weights, non-persistent buffers and the generation config.
-
-    base and source: causal LMs, not inside PEFT.
-    """
-    if base.config.tie_word_embeddings and not is_sharded(base):
-        base.tie_weights()
-    copy_unsaved(base, source)
-    place_indices(base)
-    base.generation_config = copy.deepcopy(source.generation_config)
 
 
 def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callable[[str, Tensor], Tensor]) -> None:

@@ -14,16 +14,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from atp.families import Linear
-from atp.spaces.mlp import mlp_channels
+from atp.spaces.mlp import mlp_channels, mlp_linears
 from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
-
-_SELECTIONS = {
-    "attention_inputs": (1, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "attention_outputs": (0, ("self_attn.o_proj",)),
-    "mlp_inputs": (1, ("mlp.gate_proj", "mlp.up_proj")),
-    "mlp_outputs": (0, ("mlp.down_proj",)),
-}
-"""For each structure the axis and the linears that it cuts; on that axis their positions are the hidden state's."""
 
 
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
@@ -34,12 +26,20 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
     block, and no refit can replace outputs that are not written.
     """
     hidden = torch.arange(config.hidden_size)
+    *producers, reader = mlp_linears(linears)
+    # For each structure the axis and the linears that it cuts; on that axis their positions are the hidden state's.
+    selections = {
+        "attention_inputs": (1, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        "attention_outputs": (0, ["self_attn.o_proj"]),
+        "mlp_inputs": (1, producers),
+        "mlp_outputs": (0, [reader]),
+    }
     return [
         Structure(
             name, len(hidden), tuple(Cut(module, axis, hidden) for module in modules), _widths,
             multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS,
         )
-        for name, (axis, modules) in _SELECTIONS.items()
+        for name, (axis, modules) in selections.items()
     ] + [mlp_channels(linears)]  # fmt: skip
 
 

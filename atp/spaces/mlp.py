@@ -1,4 +1,4 @@
-"""Mask space `mlp`: the channels of a gated MLP alone, which every other space removes in the same way."""
+"""Mask space `mlp`: the channels of the MLP alone, which every other space removes in the same way."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
 def mlp_channels(linears: dict[str, Linear]) -> Structure:
     """Structure `mlp`: a decision removes one channel, a row of gate_proj and up_proj and a column of down_proj.
 
-    A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Only element-wise work lies
-    between the three linears, so channels may lie in any order.
+    A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Without a gate it multiplies these
+    inputs, because an activation alone does not pass a factor on. Only element-wise work lies between the linears, so
+    channels may lie in any order.
     """
-    size = linears["mlp.down_proj"].in_features
+    *producers, reader = mlp_linears(linears)
+    size, gated = linears[reader].in_features, len(producers) > 1
     owner = torch.arange(size)
     cuts = (
-        Cut("mlp.gate_proj", 0, owner, reorderable=True),
-        Cut("mlp.up_proj", 0, owner, reorderable=True),
-        Cut("mlp.down_proj", 1, owner, soft=False, reorderable=True),
+        *(Cut(name, 0, owner, soft=gated, reorderable=True) for name in producers),
+        Cut(reader, 1, owner, soft=not gated, reorderable=True),
     )
     return Structure(
-        "mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS, remainder=True
+        "mlp", size, cuts, _widths, reader=reader, multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS, remainder=True
     )
+
+
+def mlp_linears(linears: dict[str, Linear]) -> list[str]:
+    """The names of the MLP's linears, of which the last ends the block."""
+    return [name for name in linears if name.startswith("mlp.")]
 
 
 def _widths(structure: Structure, kept: Tensor) -> dict[str, int]:

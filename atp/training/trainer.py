@@ -28,6 +28,7 @@ from atp.inputs.loading import load_data, load_model, load_tokenizer
 from atp.inputs.resolve import resolve
 from atp.lora.layer import add_lora
 from atp.models.base import FORMS
+from atp.models.fused import split_projections
 from atp.models.stock import stock_config
 from atp.processes import processes
 from atp.removal import base_of, cut_state_dict, merge_adapter
@@ -66,6 +67,7 @@ class ATPTrainer(Loop):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         processes.start(config.training.sharding, config.model_dump())
+        model = split_projections(model)
         if processes.sharded() and not is_sharded(model):
             model = sharded_copy(model, processes.device())
         space = MaskSpace.from_config(model.config, config.decisions.space)

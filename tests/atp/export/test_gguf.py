@@ -11,6 +11,7 @@ from atp.export.gguf import architecture_of, read_back, write_gguf
 from atp.families import family_of, is_cut
 from atp.ground.errors import InputError
 from atp.models.config import CutConfig
+from atp.models.fused import split_projections
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
@@ -34,6 +35,11 @@ MULTIPLIERS = {
     "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.125,
 }  # fmt: skip
 GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 20}
+# Of three quarters of each head.
+PART = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.75}
+PART_LONGROPE = LONGROPE | {
+    "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0],
+}  # fmt: skip
 TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama": {},
@@ -78,6 +84,19 @@ MODELS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "llama-proportional": {
+        "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
+    "ernie4_5": {"use_bias": True},
+    "phi3": {},
+    "phi3-part": TIED | {"rope_parameters": PART},
+    "phi3-part-longrope": {"rope_parameters": PART_LONGROPE, "original_max_position_embeddings": 6},
+    "glm": {"attention_bias": True},
+    "glm-linear": {"rope_parameters": PART | {"rope_type": "linear", "factor": 2.0}},
+    "glm4": {"attention_bias": True},
+    "arcee": {},
+    "jais2": {"hidden_act": "silu"},
+    "glm4-yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     "gemma3_text-alternating": GEMMA | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
 }  # fmt: skip
 # The architecture of the whole model, of one cut to equal widths, and of one with a width per layer; None is refused.
@@ -103,6 +122,13 @@ EXPECTED = {
     "gemma2-uncapped": (None, None, None),
     "gemma3_text": ("gemma3", "gemma3", None),
     "gemma3_text-alternating": (None, None, None),
+    "ernie4_5": ("llama", "llama", "deci"),
+    "phi3": ("llama", "llama", "deci"),
+    "glm": ("llama", "llama", "deci"),
+    "glm4": ("glm4", "glm4", None),
+    "glm4-yarn": (None, None, None),
+    "arcee": ("arcee", "arcee", None),
+    "jais2": (None, None, None),
 }
 WIDTHS = ("whole", "equal", "unequal")
 CASES = [
@@ -114,7 +140,8 @@ CASES = [
 
 def tiny(name, widths="whole", **changes):
     """A model of random weights, cut in its family's space unless it is whole."""
-    model = stock_model(name.split("-")[0], dtype=torch.float32, **{"vocab_size": VOCAB} | MODELS[name] | changes)
+    values = {"vocab_size": VOCAB} | MODELS[name] | changes
+    model = split_projections(stock_model(name.split("-")[0], dtype=torch.float32, **values))
     if widths == "whole":
         return model
     space = MaskSpace.from_config(model.config, family_of(model.config).space)
@@ -161,7 +188,8 @@ def test_the_file_computes_the_models_logits(tmp_path, name, widths, architectur
     assert set(file.types.values()) == {"F32"}
     folded = name.startswith("granite") and architecture == "deci"
     assert ("output.weight" not in file.tensors) == (model.config.tie_word_embeddings and not folded)
-    assert ("rope_freqs.weight" in file.tensors) == name.endswith(("llama3", "whole-range"))
+    scaled = name.endswith(("llama3", "whole-range", "proportional", "part")) or name.startswith("glm-")
+    assert ("rope_freqs.weight" in file.tensors) == (scaled or name == "glm")
 
 
 def test_a_model_that_was_cut_twice_is_exported_too(tmp_path):
@@ -356,10 +384,6 @@ def test_a_mask_of_whole_heads_in_another_space_is_written(tmp_path):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu_pytorch_tanh"}, "its activation is gelu_pytorch_tanh, and llama.cpp has silu"),
-        (
-            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "its RoPE rotates a part of each head, and llama.cpp rotates all: use its folder with transformers",
-        ),
         ({"shortcuts": True}, "it has a matrix on each residual connection"),
     ],
 )

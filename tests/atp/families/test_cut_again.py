@@ -50,7 +50,8 @@ def decoder(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "qwen2", "granite", "gemma2", "gemma3_text", "hunyuan_v1_dense", "exaone4"]
+    "name",
+    ["llama", "qwen3", "qwen2", "granite", "gemma2", "gemma3_text", "hunyuan_v1_dense", "exaone4", "phi3", "glm4"],
 )
 def test_a_second_and_a_third_cut_change_no_logits(tmp_path, name):
     model = unequal(name)

@@ -42,7 +42,7 @@ from atp.spaces.space import MaskSpace
 from atp.training.trainer import ATPTrainer
 
 IN_FLOAT32 = {"rtol": 0, "atol": 1e-5}  # stock routers take their softmax in float32, whatever the dtype
-RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
+RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False, "gpt_oss": True}
 
 
 class PlainExperts(nn.Module):
@@ -53,12 +53,25 @@ class PlainExperts(nn.Module):
 
     def __init__(self, block, taken, renormalized):
         super().__init__()
-        self.router, self.up, self.down = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
+        router = block.router if hasattr(block, "router") else block.gate
+        self.router, self.up, self.down = router.weight, block.experts.gate_up_proj, block.experts.down_proj
+        self.biases = None
+        if hasattr(block, "router"):
+            self.biases = router.bias, block.experts.gate_up_proj_bias, block.experts.down_proj_bias
+            self.limit = block.experts.limit
         self.taken, self.renormalized = taken, renormalized
         self.kept, self.worth = None, None
 
+    def expert(self, x, number):
+        if self.biases is None:
+            gate, up = (x @ self.up[number].T).chunk(2, dim=-1)
+            return (nn.functional.silu(gate) * up) @ self.down[number].T
+        both = x @ self.up[number] + self.biases[1][number]
+        gate, up = both[..., ::2].clamp(max=self.limit), both[..., 1::2].clamp(-self.limit, self.limit)
+        return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ self.down[number] + self.biases[2][number]
+
     def forward(self, x):
-        logits = x @ self.router.T
+        logits = x @ self.router.T if self.biases is None else x @ self.router.T + self.biases[0]
         if self.kept is not None:
             logits = logits.masked_fill(~self.kept, -torch.inf)
         chance, chosen = logits.softmax(-1).topk(self.taken, dim=-1)
@@ -66,12 +79,11 @@ class PlainExperts(nn.Module):
             chance = chance / chance.sum(-1, keepdim=True)
         total = torch.zeros_like(x)
         for expert in range(len(self.router)):
-            gate, up = (x @ self.up[expert].T).chunk(2, dim=-1)
             weight = (chance * (chosen == expert)).sum(-1)
             if self.worth is not None:
                 weight = weight * self.worth[:, None, expert]
-            total = total + weight[..., None] * ((nn.functional.silu(gate) * up) @ self.down[expert].T)
-        return total
+            total = total + weight[..., None] * self.expert(x, expert)
+        return total if self.biases is None else (total, None)
 
 
 def by_formula(model, name):
@@ -244,7 +256,7 @@ def test_masks_meet_a_budget_and_leave_a_token_its_experts(name):
         counts = space.describe(equal)["experts"]
         assert len(set(counts)) == 1 and abs(budget.share(equal) - target) <= each * len(per_layer) / 2 + 1e-6
     experts = model.model.layers[1].mlp
-    weights = (experts.gate.weight, experts.experts.gate_up_proj, experts.experts.down_proj)
+    weights = [part for part in experts.parameters() if part.dim() > 1]
     expected = sum(part.detach().double().square().flatten(1).sum(1) for part in weights)
     assert_close(magnitude_scores(model, space)[per_layer[1]], expected)
 

@@ -17,8 +17,12 @@ from atp.families import family_of
 from atp.ground.errors import InputError
 from atp.spaces.space import MaskSpace
 
-SLICED = ["llama", "mistral", "qwen2", "smollm3", "seed_oss", "granite", "ministral", "ministral3", "ernie4_5"]
-REFUSED = {"qwen3": "its norms of queries and keys", "gemma2": "norms read the outputs of its blocks"}
+SLICED = ["llama", "mistral", "qwen2", "smollm3", "seed_oss", "granite", "ministral", "ministral3", "ernie4_5",
+          "phi3", "glm", "arcee"]  # fmt: skip
+REFUSED = {
+    "qwen3": "its norms of queries and keys", "gemma2": "norms read the outputs of its blocks",
+    "jais2": "its LayerNorms take the mean away",
+}  # fmt: skip
 
 
 def windows(count=6, length=16, seed=1):

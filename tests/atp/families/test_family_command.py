@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_command import results, start, stopping_at
-from tiny_families import build
+from tiny_families import build, stock
 from tiny_inputs import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -19,11 +19,11 @@ from atp.training.trainer import ATPTrainer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "granite"])
+@pytest.mark.parametrize("name", ["qwen3", "granite", "phi3"])
 def test_a_run_by_the_command(tmp_path, wide_budget, name):
     config = tiny_config(tmp_path)
     vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
-    build(name, scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
+    stock(name, scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
     evaluation = {"windows": 4, "questions": 4, "dense_baseline": name == "qwen3"}
     start(config, tmp_path / "out", evaluation=evaluation)
     out = tmp_path / "out"

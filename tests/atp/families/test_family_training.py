@@ -76,8 +76,8 @@ def test_a_refit_mends_twins(name, space_name):
     space = MaskSpace.from_config(model.config, space_name)
     mask = torch.ones(space.size, dtype=torch.bool)
     for layer in model.model.layers:
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            for parameter in linear.parameters():
+        for producer in family_of(model.config).mlp[:-1]:
+            for parameter in layer.get_submodule(producer).parameters():
                 parameter[24:] = parameter[:24]
         values, heads = layer.self_attn.v_proj, model.config.num_key_value_heads
         for parameter in values.parameters():

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp.models.fused import split_projections
 from atp.spaces import space_names
 
 VOCAB, LAYERS = 64, 3
@@ -55,17 +56,28 @@ FAMILIES = {
         "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "head_dim": 12,
     },
+    "phi3": {"sliding_window": 4, "resid_pdrop": 0.1},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "nemotron": {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "jais2": {"num_key_value_heads": 2},
+    "starcoder2": {"sliding_window": 4, "residual_dropout": 0.0, "tie_word_embeddings": True},
+    "apertus": {"attention_bias": True},
 }  # fmt: skip
 EXPERTS = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 12,
                   "norm_topk_prob": True, "attention_bias": True},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.7},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12,
+                "swiglu_limit": 1.0},
 }  # fmt: skip
 """The families whose MLPs are experts, which have a space of their own."""
 INEXACT = {
     "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
     "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
+    "nemotron": {"head_dim"}, "apertus": {"head_dim"}, "glm": {"head_dim"}, "glm4": {"head_dim", "disp"},
     "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
 }  # fmt: skip
 SPACES = [
@@ -80,7 +92,12 @@ def space_of(name):
 
 
 def build(name, dtype=torch.float32, scale=0.2, **overrides):
-    """The model in evaluation mode, with biases that are not zero and norm weights that are not one."""
+    """The model that is pruned: transformers' own, with fused projections split."""
+    return split_projections(stock(name, dtype, scale, **overrides))
+
+
+def stock(name, dtype=torch.float32, scale=0.2, **overrides):
+    """transformers' model in evaluation mode, with biases that are not zero and norm weights that are not one."""
     values = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": scale,
