@@ -153,7 +153,7 @@ def test_all_weights_after_the_cut_by_hand():
     assert row["activations"] == kept * TOKENS * 2
     assert rows["open"]["weights"] == 2 * TOTAL and rows["open"]["adapter"] == 4 * ADAPTER
     assert rows["export"]["weights"] == 4 * total and rows["score again"]["reloaded"] == 2 * total
-    narrow = {row["phase"]: row["parts"] for row in memory_of(job(*asked[:3], autocast=torch.bfloat16))}["tune"]
+    narrow = parts(*asked[:3], autocast=torch.bfloat16, device="cuda")["tune"]["parts"]
     assert narrow["casts"] == 2 * 2 * (2 * 48 * 96 + 2 * 16 * 96 + 3 * inner * 96)
 
 
