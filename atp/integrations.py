@@ -38,8 +38,9 @@ class ATPCallback(TrainerCallback):
     """Adds decisions to a Trainer that tunes plain LoRA; `cut` then returns the smaller model.
 
     Training stops after open + search + settle optimizer steps. `cut` certifies that it changes no logits; tune on with
-    a new Trainer around its result. Loss, data, batch size, gradient accumulation, learning rate and clipping are the
-    Trainer's. An evaluation in between sees the unmasked model.
+    a new Trainer around its result, or around `atp.removal.merge_adapter` of it, a plain model, to tune all weights.
+    Loss, data, batch size, gradient accumulation, learning rate, clipping and what is trained are the Trainer's. An
+    evaluation in between sees the unmasked model.
 
     The hooks of transformers suffice. `on_pre_optimizer_step` comes after clipping, where the lasso's gradient belongs.
     Masks stay on the layers from `on_step_begin` to `on_pre_optimizer_step`, so that activation checkpointing reruns
@@ -106,8 +107,7 @@ class ATPCallback(TrainerCallback):
         if not self.pruning.decisions.frozen:
             self._freeze(self.pruning)
             self.pruning.shrink(steps_left=0)
-        self.pruning.cut(swap=lambda smaller: None)
-        return self.pruning.model
+        return self.pruning.cut(swap=lambda smaller: None)
 
     # Hooks, in the order in which a Trainer calls them
 

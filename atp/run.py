@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
@@ -58,6 +59,7 @@ from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
 from atp.processes import kernels, processes
 from atp.removal.certify import rounding_remark
+from atp.removal.masters import store_embeddings
 from atp.report import write_report
 from atp.report.beside import bits_per_byte, perplexity_of
 from atp.sharding.read import read_sharded
@@ -270,7 +272,8 @@ class Run:
 
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
-        folder = self.folder / DENSE
+        folder, embeddings = self.folder / DENSE, cast(Parameter, model.get_input_embeddings().weight)
+        pretrained = embeddings.data.clone() if self.config.training.embeddings else None
         with make_progress() as display:
             bar = ProgressBar(display, self.config.training.total)
             tuner = LoraTuner(
@@ -279,10 +282,15 @@ class Run:
             )  # fmt: skip
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
+        if pretrained is not None:
+            store_embeddings(tuner.adapted)
         self._score("tuned_dense", tuner.model, tokenizer, data)
+        if pretrained is not None:
+            embeddings.data = pretrained.to(embeddings.device)
         costs = {"seconds": tuner.clock.seconds[DENSE], "tokens_per_second": tuner.clock.rate(DENSE)}
         processes.on_main(lambda: self._record(**{DENSE: costs}))
-        return tuner.model.unload()
+        plain: PreTrainedModel = tuner.adapted.unload()
+        return plain
 
     def _train(self, trainer: ATPTrainer) -> None:
         profiler = Profiler(self.folder / "profile", trainer.phases.of, trainer.phases.total)

@@ -258,7 +258,21 @@ class ATPConfig(Section):
             raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
         if self.lora.variant == "dora":
             self._suits_dora()
+        if self.training.after_cut == "full":
+            self._suits_full()
         return self
+
+    def _suits_full(self) -> None:
+        if self.model.load_in is not None:
+            raise ValueError(
+                "training.after_cut=full tunes floating weights, and the linears have none under model.load_in="
+                f"{self.model.load_in}: leave out one of them"
+            )
+        if self.export.keep_adapter:
+            raise ValueError(
+                "training.after_cut=full ends without an adapter, which export.keep_adapter asks for: leave out one of "
+                "them"
+            )
 
     def _suits_dora(self) -> None:
         if self.decisions.source == "learned" or self.training.search or self.training.settle:

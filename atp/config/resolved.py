@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from atp.config.config import ATPConfig, DecisionsConfig, DecisionSource
 from atp.config.presets import by_length
-from atp.config.training import TrainingConfig
+from atp.config.training import FULL_LR, TrainingConfig
 
 Definite = Literal["float32", "bfloat16"]
 
@@ -24,7 +24,8 @@ class ResolvedDecisions(DecisionsConfig, frozen=True):
 
 
 class ResolvedTraining(TrainingConfig, frozen=True):
-    """The section `training`; minutes and tokens are steps here. lr and update_clipping wait for the data.
+    """The section `training`; minutes and tokens are steps here. lr, embeddings_lr and
+    update_clipping wait for the data.
 
     tune stays null where it is what the other phases leave of steps, so that other steps may still be asked for.
     """
@@ -85,8 +86,12 @@ def at_length(config: ATPConfig, steps: int) -> ATPConfig:
 def _training(training: TrainingConfig, precision: Definite, scored: float | None) -> dict[str, Any]:
     made: dict[str, Any] = {"steps": training.total, "open": training.opened}
     made |= {"beta2": training.second_moment, "precision": precision}
+    if training.after_cut == "full" and training.full_lr is None:
+        made["full_lr"] = FULL_LR
     if scored is not None:
-        made |= {"lr": training.rate(scored), "update_clipping": training.clips_updates(scored)}
+        made |= {"lr": (rate := training.rate(scored)), "update_clipping": training.clips_updates(scored)}
+        if training.embeddings and training.embeddings_lr is None:
+            made["embeddings_lr"] = training.embeddings_rate(rate)
     return training.model_dump() | made
 
 

@@ -13,6 +13,8 @@ from atp.ground.errors import InputError
 _OPEN_SHARE = 1 / 3  # of the steps (dev/LOG.md)
 _HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
 _HIGHEST_RATE = 2e-3
+FULL_LR = 2e-4  # AdamW's for models of some hundred million parameters, all of them trained
+_EMBEDDINGS_SHARE = 0.1  # of the rate of LoRA, whose factors start at zero
 ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (dev/LOG.md)
 
 
@@ -42,6 +44,18 @@ class TrainingConfig(Section):
     gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
     lr: float | None = Field(
         None, gt=0, description="Peak learning rate; null: 2e-3, or less for few tokens with a loss per step."
+    )
+    after_cut: Literal["lora", "full"] = Field(
+        "lora", description="Weights that are tuned after the cut: those of LoRA, or all of the smaller model."
+    )
+    full_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of after_cut: full, which warms up again; null: 2e-4."
+    )
+    embeddings: bool = Field(
+        False, description="Whether to tune the input embeddings, and a head tied to them, beside LoRA."
+    )
+    embeddings_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the embeddings; null: a tenth of lr."
     )
     beta2: float | None = Field(
         None,
@@ -94,7 +108,7 @@ class TrainingConfig(Section):
     log_every: int = Field(1, ge=1, description="Steps between log records.")
     report_to: list[str] = Field(default_factory=list, description="Experiment trackers, such as tensorboard or wandb.")
     keep_best: bool = Field(
-        False, description="Whether to end with the adapter of the best validation score since the cut."
+        False, description="Whether to end with the weights of the best validation score since the cut."
     )
     patience: int | None = Field(
         None, ge=1, description="Validation scores without improvement before training stops; null: no early stop."
@@ -150,6 +164,19 @@ class TrainingConfig(Section):
             return self.lr
         return _HIGHEST_RATE * math.sqrt(min(max(scored, 1.0), ENOUGH_SCORED) / ENOUGH_SCORED)
 
+    def embeddings_rate(self, rate: float) -> float:
+        """The learning rate of the embeddings in a step whose LoRA has this one."""
+        if self.embeddings_lr is None or not self.lr:
+            return _EMBEDDINGS_SHARE * rate
+        return self.embeddings_lr * (rate / self.lr)
+
+    @property
+    def beside_lora(self) -> str:
+        """What is trained besides LoRA, in words; empty if nothing is."""
+        embeddings = "the input embeddings, from the first step on" if self.embeddings else ""
+        full = "all weights, after the cut" if self.after_cut == "full" else ""
+        return "; ".join(part for part in (embeddings, full) if part)
+
     def clips_updates(self, scored: float) -> bool:
         """Whether LoRA's updates are clipped (`atp.training.optimizer`) where a step has so many tokens with a loss."""
         return scored < ENOUGH_SCORED if self.update_clipping is None else self.update_clipping
@@ -160,6 +187,16 @@ class TrainingConfig(Section):
         given = [*steps, *self.budget]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are one length in different units: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _has_rates_of_what_it_trains(self) -> TrainingConfig:
+        for rate, key, value, trained in (
+            ("full_lr", "after_cut", "full", self.after_cut == "full"),
+            ("embeddings_lr", "embeddings", "true", self.embeddings),
+        ):
+            if getattr(self, rate) is not None and not trained:
+                raise ValueError(f"{rate} is the rate of {key}={value}: set that, or leave {rate} out")
         return self
 
     @model_validator(mode="after")

@@ -67,7 +67,7 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
 * Data recipe: {code(config.data.recipe)}.
-{_held(config)}
+{_beside_lora(config)}{_held(config)}
 {_usage(stock)}"""
     return _card(config, body, tags=["atp", *_TAGS])
 
@@ -76,6 +76,7 @@ def base_card(config: ATPConfig) -> str:
     """README.md of base/: the smaller model that an adapter belongs to."""
     merged = config.lora.variant == "dora"
     without = "with the tuning before the cut, without that after it, which is" if merged else "without the tuning"
+    without = f"with its tuned embeddings, {without}" if config.training.embeddings else without
     body = f"""# The base of an adapter
 
 {_origin(config)} with removed structures cut out, {without} in `../adapter`. With that adapter it is the model
@@ -110,9 +111,10 @@ The licences of the source model and of the data apply to this adapter too.
 
 def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int, *, stock: bool = False) -> str:
     """README.md of model/ for a system that ATP is compared with; arguments: as in `model_card`."""
+    embeddings = " and its input embeddings" if config.training.embeddings else ""
     body = f"""# A model to compare with: {method}
 
-Made by the baseline `{method}` of the package atp-kernels from {_origin(config)}, then tuned with LoRA.
+Made by the baseline `{method}` of the package atp-kernels from {_origin(config)}, then tuned with LoRA{embeddings}.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Data recipe: {code(config.data.recipe)}.
@@ -259,6 +261,12 @@ def hub_data(config: ATPConfig) -> list[str]:
 
 def _name(config: ATPConfig) -> str:
     return f"{Path(shorten(config.model.path)).name} at {config.decisions.target_keep:g} of the decoder"
+
+
+def _beside_lora(config: ATPConfig) -> str:
+    """A line on what was trained besides LoRA; empty if nothing was."""
+    found = config.training.beside_lora
+    return f"* Trained besides LoRA: {found}.\n" if found else ""
 
 
 def _held(config: ATPConfig) -> str:

@@ -20,8 +20,9 @@ from atp.ground.files import whole_folder, write_json, write_tensors, write_text
 from atp.models.stock import save_model, stock_config
 from atp.processes import processes
 from atp.processes.finite import first_non_finite
-from atp.removal import base_of, certify_export, merge_adapter, reference_logits
+from atp.removal import certify_export, reference_logits
 from atp.removal.certify import dtype_name, wider
+from atp.removal.masters import as_stored
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 
@@ -39,14 +40,18 @@ def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
 
 
 def export_model(
-    model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, tokens: Tensor, card: str
+    model: PeftModel | PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokens: Tensor,
+    card: str,
 ) -> dict[str, float | str]:
     """Saves the merged model/ under `folder`, reloads it and compares. No pickle is written.
 
-    tokens: int64 [windows, length]. Returns what `certify_export` does. Raises `NotReached` for a merged weight that is
-    not finite, before anything is written.
+    model: with an adapter, or trained whole. tokens: int64 [windows, length]. Returns what `certify_export` does.
+    Raises `NotReached` for a merged weight that is not finite, before anything is written.
     """
-    merged = merge_adapter(model)
+    merged = as_stored(model)
     spoiled = first_non_finite(merged.named_parameters())
     if processes.sharded():
         spoiled = processes.any_of(spoiled)
@@ -64,7 +69,7 @@ def export_model(
 
 def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: ATPConfig) -> None:
     """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
-    base, source = folder / "base", base_of(model)
+    base, source = folder / "base", as_stored(model, merged=False)
     # An adapter on projections fits no class that has them in one linear, so this base stays in ours.
     own = bool(family_of(source.config).fused)
     _save(source, base, tokenizer, base_card(config), stock=not own)

@@ -149,6 +149,12 @@ def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
             "evaluation.dense_baseline trains a model of its own, which training.sharding=fsdp does not shard: set "
             "evaluation.dense_baseline=false, or leave out training.sharding"
         )
+    if config.training.beside_lora:
+        key = "embeddings=true" if config.training.embeddings else "after_cut=full"
+        raise InputError(
+            f"training.{key} trains weights of which training.sharding=fsdp leaves a process a part: leave out one of "
+            "them"
+        )
     if config.lora.variant == "dora":
         raise InputError(
             "lora.variant=dora reads the norms of whole rows, of which training.sharding=fsdp leaves a process a part: "
@@ -236,6 +242,7 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
         f"data: {data.splits.description}",
         f"samples of up to {config.data.length:,} tokens: {counts}",
         f"steps: {training.total:,} ({steps}), each of {read}{several}, {epochs:.2g} epochs",
+        *([f"trained besides LoRA: {training.beside_lora}"] if training.beside_lora else []),
         f"products: in {training.precision} on {processes.device().type}",
         f"target: {decisions.target_keep:.4g} of the decoder, in space {decisions.space}, source {decisions.source}",
         f"scores: perplexity of {min(evaluation.windows, len(data.test)):,} windows{asked}{dense}",

@@ -71,6 +71,24 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     return numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
 
 
+def kept_by_full(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
+    """Bytes per token and layer that a step keeps in which all weights are trained, in transformers' own modules.
+
+    Each linear casts its input for itself under autocast. The gated MLP also keeps its activation and their product,
+    and a norm what it has normalized.
+    """
+    linears = widths.linears
+    readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    readers += list(_PRODUCERS) if widths.experts is None else []
+    if how.product == _FLOAT:
+        readers = [name for name in readers if name in ("self_attn.q_proj", "mlp.gate_proj")]
+    reads = sum(linears[name].in_features for name in readers)
+    channels = _mlp(widths) + (2 * widths.inner if widths.experts is None else 0)
+    stream = 2 * _read_by_norms(shapes, widths, how)
+    numbers = reads + _attention(widths, how, shapes) + channels
+    return numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
+
+
 def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
     """Bytes per token and layer that a pass under a soft mask keeps, with LoRA frozen.
 

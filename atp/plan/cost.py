@@ -132,10 +132,26 @@ class Cost:
             total += ATTENTION_BACKWARD * attention(widths, self.job.sample)
             if self.job.config.training.gradient_checkpointing:
                 total += once
-        total, head = total - self._first(layers[0], share), 2 * self.job.scored * self._head
+        total, head = total - self._first(layers[0], share), self._passes_of_head * self.job.scored * self._head
         if layers is self.cut:
             return Flops(cut=total, head=head)
         return Flops(stock=total, head=head) if stock else Flops(step=total, head=head)
+
+    def full_step(self) -> Flops:
+        """Of a step that trains all weights of the cut model: two products backward for each forward."""
+        total = 0.0
+        for widths in self.cut:
+            once = linear(widths) + attention(widths, self.job.sample)
+            total += once + 2 * linear(widths) + ATTENTION_BACKWARD * attention(widths, self.job.sample)
+            if self.job.config.training.gradient_checkpointing:
+                total += once
+        return Flops(cut=total, head=3 * self.job.scored * self._head)
+
+    @property
+    def _passes_of_head(self) -> int:
+        """Products with the head in a LoRA step, whose gradient is one more where it is trained with the embeddings."""
+        trained = self.job.config.training.embeddings and self.job.shapes.config.tie_word_embeddings
+        return 3 if trained else 2
 
     def decision(self) -> Flops:
         """Forward and backward under a soft mask, through frozen weights and a frozen adapter."""
@@ -180,9 +196,10 @@ class Cost:
         """What the first layer is spared: gradients of the embeddings, through the base and through A.
 
         frozen: whether LoRA is too, whose B then passes nothing on either. Gradient checkpointing asks for the
-        gradients of the embeddings, and spares nothing.
+        gradients of the embeddings, as their training does, and spares nothing.
         """
-        if self.job.config.training.gradient_checkpointing:
+        training = self.job.config.training
+        if training.gradient_checkpointing or (training.embeddings and not frozen):
             return 0.0
         spared = 0.0
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
@@ -230,7 +247,8 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
         masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
         yield row("settle", steps.settle, steps.settle * per_step, masked)
     if steps.tune:
-        yield row("tune", steps.tune, steps.tune * per_step, cost.step(cost.cut) + cost.taught())
+        each = cost.full_step() if training.after_cut == "full" else cost.step(cost.cut)
+        yield row("tune", steps.tune, steps.tune * per_step, each + cost.taught())
     if evaluation.every is not None:
         yield _validation(job, cost)
     # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.

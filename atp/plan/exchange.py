@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from atp.plan.job import Workload
 from atp.plan.shapes import Layers, adapter_params
 
-_FLOAT = 4  # gradients of the adapter and of a mask, whatever the weights are
+_FLOAT = 4  # gradients of what is trained and of a mask, whatever the weights are
 
 
 def exchange_of(job: Workload) -> list[dict[str, object]]:
@@ -37,6 +37,10 @@ def _phases(job: Workload) -> Iterator[tuple[str, int, int]]:
     ):  # fmt: skip
         if count:
             parameters = adapter_params(layers, job.config.lora.r, dora=dora)
+            if job.config.training.embeddings:
+                parameters += job.shapes.config.vocab_size * job.shapes.config.hidden_size
+            if phase == "tune" and job.config.training.after_cut == "full":
+                parameters = job.after["total"]
             yield phase, parameters * _FLOAT, batches * _gathered(job, layers)
         if count and phase == "search" and job.config.decisions.source == "learned":
             yield "decision", job.shapes.space.size * _FLOAT, _gathered(job, whole)

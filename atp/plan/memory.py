@@ -16,7 +16,7 @@ from atp.families import Linear, family_of
 from atp.models.attention import GROUPED_ON
 from atp.models.base import FORMS
 from atp.models.short_attention import LONGEST
-from atp.plan.activations import Pass, kept_by_loss, kept_by_saliency, kept_by_training
+from atp.plan.activations import Pass, kept_by_full, kept_by_loss, kept_by_saliency, kept_by_training
 from atp.plan.compiled import compiled_bytes
 from atp.plan.job import Workload
 from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
@@ -58,6 +58,9 @@ class _Memory:
         self.hidden, self.vocab = job.shapes.config.hidden_size, job.shapes.config.vocab_size
         self.rank, self.length = job.config.lora.r, job.config.data.length
         self.dora = job.config.lora.variant == "dora"
+        self.full = self.training.after_cut == "full"
+        self.tied = bool(job.shapes.config.tie_word_embeddings)
+        self.table = self.vocab * self.hidden if self.training.embeddings else 0  # what is trained beside the adapter
         self.batch = self.training.batch_size * self.length
         self.on_host = 0 if job.device == "cuda" else 1
         apart = job.keeps_apart or _slides(job, self.length)
@@ -139,10 +142,16 @@ class _Memory:
             yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
         yield "cut", self._largest(*self._cut())
         compiled = self._compiled(batches=0)
-        if steps.tune:
-            yield "tune", self._training(kept, taught=True) | compiled
-        done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {}) | compiled
-        yield "export", done | self._export()
+        if self.full:
+            masters = self._masters()
+            done = masters._held_full()
+            if steps.tune:
+                yield "tune", masters._full_step() | compiled
+        else:
+            done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
+            if steps.tune:
+                yield "tune", self._training(kept, taught=True) | compiled
+        yield "export", done | compiled | self._export()
         scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
         batches = 1 + -(-job.questions.sequences // job.config.evaluation.batch_size)
         reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()}
@@ -155,6 +164,7 @@ class _Memory:
     def _weights(self, layers: Layers, refitted: bool = False) -> Parts:
         parameters = self.job.after if layers is self.shapes.kept else self.job.before
         others = (parameters["total"] - weights_of(layers)) * self.weight
+        others += self.table * max(_FLOAT - self.weight, 0)
         floating = self._floating(layers, refitted)
         linears = sum(self._base(linear, whole, at in floating) for at, linear, whole in self._linears(layers))
         return {"process": self.vocab * _WORD * self.on_host, "weights": others + linears}
@@ -192,16 +202,58 @@ class _Memory:
         """Weights and adapter; optimizer state once training has `begun`; the teacher if `taught` and there is one.
 
         The teacher copies the linears of the whole model in the dtype of the products and shares the rest. AdamW has
-        two moments of each LoRA parameter from the first step on.
+        two moments of each trained parameter from the first step on.
         """
         job, cut = self.job, layers is self.shapes.kept
         adapter = self._adapter(layers)
+        trained = adapter + self.table
         begun = begun and (cut or job.phases.cut_step > 0)
         held = self._weights(layers, refitted) | {"adapter": adapter * _ADAPTER} | self._dequantized(layers)
-        held["optimizer"] = adapter * _MOMENTS if begun else 0
-        if taught and job.teaches:
-            held["teacher"] = weights_of(self.shapes.whole) * self.product
-        return held
+        held["optimizer"] = trained * _MOMENTS if begun else 0
+        held |= self._kept_aside(trained if cut else 0)
+        return held | (self._teacher() if taught else {})
+
+    def _teacher(self) -> Parts:
+        copied = weights_of(self.shapes.whole) * self.product + self.table * self.weight
+        return {"teacher": copied} if self.job.teaches else {}
+
+    def _kept_aside(self, trained: int) -> Parts:
+        """The best of so many trained parameters since the cut."""
+        return {"best": trained * _FLOAT} if trained and self.training.keep_best else {}
+
+    # All weights after the cut
+
+    def _masters(self) -> _Memory:
+        """The same run with weights in float32, which all of those that are trained are."""
+        model = self.job.config.model.model_copy(update={"dtype": "float32"})
+        return _Memory(replace(self.job, config=self.job.config.model_copy(update={"model": model})))
+
+    def _held_full(self, *, begun: bool = True) -> Parts:
+        """Weights in float32 with their gradients, whose memory stays, and moments once training has `begun`."""
+        trained = self.job.after["total"]
+        held: Parts = {"process": self.vocab * _WORD * self.on_host, "weights": trained * _FLOAT}
+        held |= {"gradients": trained * _FLOAT, "optimizer": trained * _MOMENTS if begun else 0}
+        return held | self._kept_aside(trained) | self._teacher()
+
+    def _full_step(self) -> Parts:
+        """A step of all weights, or the checkpoint after it. Autocast keeps the weights that it casts for the pass."""
+        trained, kept = self.job.after["total"], self.shapes.kept
+        exchanged = trained * _FLOAT if self.job.count > 1 else 0
+        casts = self._narrow(weights_of(kept))
+        in_pass = self._pass(
+            lambda widths: kept_by_full(self.shapes, widths, self.how), kept, self.batch, self.job.teaches
+        )
+        clipped = trained * _FLOAT if self.training.update_clipping else 0
+        step = {"exchanged": exchanged, "casts": casts, "clipped": clipped} | self._tables(head=True) | in_pass
+        saved = trained * (_FLOAT + _MOMENTS) * self.on_host
+        return self._held_full() | self._largest(step, {"checkpoint": saved})
+
+    def _tables(self, *, head: bool) -> Parts:
+        """Gradients that a backward pass makes of the embeddings, and of a head that is trained, one beside the other.
+
+        They are added to those of the step.
+        """
+        return {"tables": (2 if head else 1) * self.vocab * self.hidden * _FLOAT}
 
     def _adapter(self, layers: Layers) -> int:
         return adapter_params(layers, self.rank, dora=self.dora)
@@ -250,8 +302,10 @@ class _Memory:
         job, cut = self.job, layers is self.shapes.kept
         held = self._held(layers, taught=taught, refitted=refitted)
         held |= self._slices(slices, refitted) if slices else self._casts(layers)
-        gradients = self._adapter(layers) * _FLOAT
+        gradients = (self._adapter(layers) + self.table) * _FLOAT
         step: Parts = {"gradients": gradients, "exchanged": gradients if job.count > 1 else 0}
+        if self.table:
+            step |= self._tables(head=self.tied)
         how = replace(self.how, watched=watched)
         in_pass = self._pass(
             lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
@@ -350,6 +404,12 @@ class _Memory:
         uncut = self._saved(whole, self.job.teaches, refitted=True)
         after = self._held(kept, taught=True, begun=False, refitted=True)
         yield after | {"checkpoint": uncut, "certificate": self._reference(models=1)} | self._gathered()
+        if self.full:
+            # Merged weights move to where they are trained; then they are written to the checkpoint, and read again.
+            trained = self.job.after["total"] * _FLOAT
+            held = self._masters()._held_full(begun=False)
+            yield held | {"merged": trained, "checkpoint": uncut}
+            yield held | {"checkpoint": uncut + 2 * trained * self.on_host}
 
     def _reference(self, models: int) -> float:
         """Reference logits of the certificate's windows on the host, and of one window of each model at a time.
@@ -367,7 +427,15 @@ class _Memory:
         """
         kept = self.shapes.kept
         largest = max(*(w.largest() for w in kept), self._widest * max(w.largest() for w in self.shapes.whole))
-        merged, reloaded = weights_of(kept) * self.weight, self._exported()
+        merged, reloaded = float(weights_of(kept) * self.weight), self._exported()
+        if self.weight < _FLOAT:
+            merged += self.table * self.weight
+        if self.full:  # weights of float32 are shared with what is trained
+            merged = self._exported() if self.weight < _FLOAT else 0
+            return self._largest(
+                {"merged": merged, "certificate": self._reference(models=1)},
+                {"reloaded": reloaded, "certificate": self._reference(models=2)},
+            )
         return self._largest(
             {"merged": merged, "float64": 2 * _DOUBLE * largest},
             {"merged": merged, "certificate": self._reference(models=1)},
@@ -407,8 +475,8 @@ class _Memory:
 
     def _saved(self, layers: Layers, teacher: bool, refitted: bool) -> float:
         """Adapter and moments, the adapter that made the teacher, and refitted weights, or this process's shard."""
-        saved: float = self._adapter(layers) * (_ADAPTER + _MOMENTS)
-        saved += self._adapter(self.shapes.whole) * _ADAPTER if teacher else 0
+        saved: float = (self._adapter(layers) + self.table) * (_ADAPTER + _MOMENTS)
+        saved += (self._adapter(self.shapes.whole) + self.table) * _ADAPTER if teacher else 0
         if refitted and self.job.config.decisions.refit_windows:
             for structure in self.shapes.space.structures:
                 if structure.reader is not None:

@@ -28,6 +28,7 @@ from atp.ground.errors import NotReached
 from atp.models.attention import fused_attention
 from atp.models.fused import split_projections
 from atp.models.load import read_model
+from atp.removal.masters import stored_dtype
 from atp.removal.widen import ieee_products, widened
 from atp.sharding.read import read_sharded
 from atp.sharding.shards import is_sharded, whole
@@ -102,14 +103,17 @@ def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_s
 
 
 @torch.no_grad()
-def merge_error(model: PeftModel, exported: nn.Module) -> float:
-    """The largest error of a weight of `exported` against what `merge_adapter` says of a PEFT model, in allowed errors.
+def merge_error(model: PeftModel | PreTrainedModel, exported: nn.Module) -> float:
+    """The largest error of a weight of `exported` against what `as_stored` says of a trained model, in allowed errors.
 
     A weight with an adapter is allowed half a unit in the last place of W's dtype, so the result is at most 1 for sums
-    that were formed in float64 and rounded once. Weights without an adapter must be equal bit for bit; the result is
-    infinite where they are not, and where names or shapes differ. NaN where a weight is NaN.
+    that were formed in float64 and rounded once. Weights without an adapter must be equal bit for bit, to the rounded
+    one if they were trained; the result is infinite where they are not, and where names or shapes differ. NaN where a
+    weight is NaN.
     """
-    source, adapter = model.get_base_model(), model.active_adapter
+    dtype = stored_dtype(model)
+    source = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = model.active_adapter if isinstance(model, PeftModel) else ""
     layers = {f"{name}.weight": layer for name, layer in source.named_modules() if isinstance(layer, LoraLayer)}
     expected = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
     actual = dict(exported.named_parameters())
@@ -123,7 +127,7 @@ def merge_error(model: PeftModel, exported: nn.Module) -> float:
         if name in layers:
             share = _share_of_allowed(layers[name], adapter, base, found)
         else:
-            share = 0.0 if torch.equal(found, base.cpu()) else math.inf
+            share = 0.0 if torch.equal(found, (base.to(dtype) if base.requires_grad else base).cpu()) else math.inf
         worst = share if math.isnan(share) else max(worst, share)
     return worst
 
@@ -146,13 +150,16 @@ def _share_of_allowed(layer: LoraLayer, adapter: str, weight: Tensor, found: Ten
     return float(torch.where(error == 0, 0.0, error / allowed).max())
 
 
-def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_ids: Tensor) -> dict[str, float | str]:
+def certify_export(
+    model: PeftModel | PreTrainedModel, merged: Tensor, folder: str | Path, input_ids: Tensor
+) -> dict[str, float | str]:
     """The certificate's figures of an export: the model in memory against the one in a folder, loaded as users do.
 
-    model: cut, with its adapter. merged: `reference_logits` of `merge_adapter(model)` on input_ids [windows, tokens].
+    model: cut, with its adapter or trained whole. merged: `reference_logits` of `as_stored(model)` on input_ids
+    [windows, tokens].
     """
     device = next(model.parameters()).device
-    base = cast(PreTrainedModel, model.get_base_model())
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     reloaded: Any = read_sharded(folder, "auto", device) if is_sharded(base) else read_model(folder, dtype="auto")
     reloaded.to(device)
     gap = compare(merged, reloaded, input_ids)

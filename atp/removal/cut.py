@@ -102,30 +102,30 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
 
 
 @torch.no_grad()
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A plain model of the base's class whose weights hold V = W + scaling * B A; `model` stays as it is.
 
     With DoRA row i of V is divided by its norm and multiplied by its magnitude.
 
-    The sum is formed in float64, from a quantized W as it is dequantized, and rounded once to the dtype of W. Only
-    merged weights are new memory, other tensors are shared with `model`. Raises ValueError for other adapters than one
-    of LoRA or DoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
+    The sum is formed in float64, from a quantized W as it is dequantized, and rounded once to `dtype`, by default that
+    of W. Only merged weights are new memory, other tensors are shared with `model`. Raises ValueError for other
+    adapters than one of LoRA or DoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
     """
     adapter, _ = _adapter_config(model)
     layers = {f"{n}.weight": m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     return _plain(
-        model, lambda name, weight: _merged(layers[name], adapter, weight) if name in layers else dense(weight)
+        model, lambda name, weight: _merged(layers[name], adapter, weight, dtype) if name in layers else dense(weight)
     )
 
 
 @torch.no_grad()
-def base_of(model: PeftModel) -> PreTrainedModel:
+def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """A plain model of the base's class without the adapter; shares all tensors but quantized ones with `model`."""
     return _plain(model, lambda name, weight: dense(weight))
 
 
-def _plain(model: PeftModel, change: Callable[[str, Tensor], Tensor]) -> PreTrainedModel:
-    source: Any = model.get_base_model()
+def _plain(model: PeftModel | PreTrainedModel, change: Callable[[str, Tensor], Tensor]) -> PreTrainedModel:
+    source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.device("meta"):
         plain = type(source)(copy.deepcopy(source.config))
     if is_sharded(source):
@@ -218,7 +218,7 @@ def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callabl
     fill(made, lambda name, rows: change(name, whole(weights[name]))[rows])
 
 
-def _merged(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
+def _merged(layer: LoraLayer, adapter: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
     w, b, a = (x.to(place).double() for x in (dense(weight), *(factor.weight for factor in factors)))
@@ -226,4 +226,4 @@ def _merged(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
     if layer.use_dora[adapter]:
         magnitude = layer.lora_magnitude_vector[adapter].weight.to(place).double()
         merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
-    return merged.to(weight.device, weight.dtype)
+    return merged.to(weight.device, weight.dtype if dtype is None else dtype)

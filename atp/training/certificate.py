@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 
+from atp.evaluation.inference import CausalLM
 from atp.ground.errors import NotReached
 from atp.ground.files import write_json
 from atp.lora.controller import MaskController
@@ -16,14 +16,14 @@ from atp.removal import check_certificate, compare, reference_logits
 from atp.removal.certify import AT_CUT, LIMITS, USUAL_ROUNDING, dtype_name
 
 
-def masked_logits(model: PeftModel, controller: MaskController, mask: Tensor, tokens: Tensor) -> Tensor:
+def masked_logits(model: CausalLM, controller: MaskController, mask: Tensor, tokens: Tensor) -> Tensor:
     """Logits of the model as LoRA steps see it under a hard mask, float32 [windows, tokens, vocab] on the CPU."""
     with controller.masks(mask, "base"):
         return reference_logits(model, tokens)
 
 
 def at_freeze(
-    reference: Tensor, model: PeftModel, controller: MaskController, mask: Tensor, tokens: Tensor
+    reference: Tensor, model: CausalLM, controller: MaskController, mask: Tensor, tokens: Tensor
 ) -> dict[str, Any]:
     """How far a cut would move logits before removed LoRA groups are settled: what settling is for.
 
@@ -39,7 +39,7 @@ def at_freeze(
     return {"frozen_vs_cut": gap.relative}
 
 
-def at_cut(reference: Tensor, model: PeftModel, tokens: Tensor, removed_lora_norm: float) -> dict[str, Any]:
+def at_cut(reference: Tensor, model: CausalLM, tokens: Tensor, removed_lora_norm: float) -> dict[str, Any]:
     """What the cut changed. Raises `NotReached` if it changed the logits: tuning that model would be pointless.
 
     reference: `masked_logits` from before the cut.

@@ -69,7 +69,7 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int, staged: Path | None =
         )
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{checkpoint.step:08d}"
-    # safetensors refuses shared or strided storage; clones are small (adapter, moments, generator).
+    # safetensors refuses shared or strided storage, which the parts of a flat tensor have.
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}
     with whole_folder(final) as folder:
         save_file(tensors, folder / _TENSORS)

@@ -76,8 +76,12 @@ def held_heads() -> Iterator[None]:
 
 
 def _held(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A frozen parameter in this dtype, from the step before if that made it; any other weight as it is."""
-    if _casts is None or weight.dtype == dtype or weight.requires_grad or not isinstance(weight, nn.Parameter):
+    """A frozen parameter in this dtype, from the step before if that made it; any other weight as it is.
+
+    A parameter with a gradient is trained, also in a pass that takes it out of autograd.
+    """
+    trained = weight.requires_grad or weight.grad is not None
+    if _casts is None or weight.dtype == dtype or trained or not isinstance(weight, nn.Parameter):
         return weight
     version, cast = _casts.get(weight, (None, weight))
     if version != weight._version or cast.dtype != dtype:

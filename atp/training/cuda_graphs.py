@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atp.ground.errors import NotReached, is_out_of_memory, reason
 from atp.lora.stock import hooked
 from atp.processes import processes
+from atp.training.loss import causal_of
 from atp_kernels.call import differentiable_once
 
 if TYPE_CHECKING:
@@ -163,11 +164,13 @@ def _copied(value: Any) -> Any:
 def refused(loop: Loop) -> str | None:
     """Why the steps of a run cannot be captured, as the end of a sentence; None where they can."""
     training, model = loop.config.training, loop.model
-    config: Any = model.get_base_model().config
+    config: Any = causal_of(model).config
     if loop.device.type not in DEVICES:
         return f"it trains on {loop.device.type}, not on a GPU"
     if processes.count() > 1:
         return "its processes exchange gradients inside the backward pass"
+    if loop.trains_all or training.embeddings:
+        return "the head's gradient is not added inside the passes, as that of the embeddings is"
     for key in ("gradient_checkpointing", "offload", "hold_sinks"):
         if getattr(training, key):
             return f"training.{key} works inside the passes"

@@ -81,11 +81,13 @@ class FlatParameters:
         return found
 
     def load_state(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_of`; learning rates and other group options stay as they are."""
+        """The inverse of `state_of`; learning rates, other group options and other parameters stay as they are."""
         state: dict[str, Tensor] = {}
         places: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition(".")
+            if parameter not in self.parameters:
+                continue
             if key == "step":
                 state[key] = tensor
                 continue
@@ -93,8 +95,11 @@ class FlatParameters:
                 state[key] = torch.zeros_like(self.flat, requires_grad=False)
                 places[key] = dict(zip(self.parameters, self.views(state[key]), strict=True))
             places[key][parameter].copy_(tensor)
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+        held = optimizer.state_dict()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        (place,) = (index for index, parameter in enumerate(parameters) if parameter is self.flat)
+        others = {index: values for index, values in held["state"].items() if index != place}
+        optimizer.load_state_dict(held | {"state": others | ({place: state} if state else {})})
 
 
 class NarrowFactors:

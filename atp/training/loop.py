@@ -17,10 +17,11 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
 from atp.config import ATPConfig, ResolvedConfig
+from atp.evaluation.inference import CausalLM
 from atp.families import FAMILIES, family_name
 from atp.ground import heap
 from atp.ground.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
@@ -30,6 +31,7 @@ from atp.inputs.resolve import resolve
 from atp.models.attention import use_training_attention
 from atp.processes import kernels, processes
 from atp.processes.finite import FiniteGuard, refuse_weights
+from atp.removal.masters import train_embeddings
 from atp.sharding.files import stage
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
@@ -40,13 +42,13 @@ from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
 from atp.training.flat import CASTS_ON, FlatParameters, NarrowFactors
-from atp.training.loss import causal_lm_loss
+from atp.training.loss import causal_lm_loss, causal_of
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
 from atp.training.optimizer import CLIPS, adamw
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import begun, fingerprints, refuse_other_inputs
-from atp.training.schedule import Phases, learning_rate
+from atp.training.schedule import Phases, full_rate, learning_rate
 from atp.training.sinks import Sinks
 from atp.training.validation import Validation
 
@@ -57,7 +59,8 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 class Loop:
     """What every run shares: optimizer, samples, precision, guards, records, signals and checkpoints.
 
-    Trains the adapter of a PEFT model for `phases.total` steps. folder holds metrics.jsonl and checkpoints/.
+    Trains the adapter of a PEFT model for `phases.total` steps, with `training.embeddings` its embeddings too, and all
+    of a plain model. folder holds metrics.jsonl and checkpoints/.
     train_dataset yields dictionaries with `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do;
     so does validation, which `evaluation.every` needs.
     Subclasses extend `check`, `record` and `checkpoint`. Raises `InputError` for weights that are not finite.
@@ -110,24 +113,45 @@ class Loop:
         self._narrow: NarrowFactors | None = None
         self.bind(model)
 
-    def bind(self, model: PeftModel) -> None:
-        """Makes a model the one that is trained, with an optimizer made anew around its adapter."""
+    def bind(self, model: CausalLM) -> None:
+        """Makes a model the one that is trained, with an optimizer made anew around its parameters."""
         if self.tokenizer is not None:
             align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
-        base = cast(PreTrainedModel, model.get_base_model())
+        base = causal_of(model)
         if family_name(base.config.model_type) in FAMILIES:  # others may do more in attention than ours knows of
             use_training_attention(base)
+        if self.config.training.embeddings and isinstance(model, PeftModel):
+            train_embeddings(model)
         if self.config.training.gradient_checkpointing:
             recompute_layers(model)
         shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
-        self.model = model.to(self.device)
+        self.model: CausalLM = cast(Any, model).to(self.device)
         heap.move_from(self.model, shared)
-        self.trained = FlatParameters({name: p for name, p in model.named_parameters() if p.requires_grad})
-        self.adamw = adamw(self.trained, self.config.training)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        beside = {} if self.trains_all else {name: p for name, p in trained.items() if ".lora_" not in name}
+        self.trained = FlatParameters({name: p for name, p in trained.items() if name not in beside})
+        self.beside = FlatParameters(beside) if beside else None
+        self.adamw = adamw(self.trained, self.config.training, self.beside)
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
-        self.exchange = Exchange(self.trained.parameters.values())
+        self.exchange = Exchange(trained.values())
         self._reset_loss()
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, and no adapter."""
+        return not isinstance(self.model, PeftModel)
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The model, while it has an adapter."""
+        assert isinstance(self.model, PeftModel), "all weights are trained, and no adapter"
+        return self.model
+
+    @property
+    def flats(self) -> list[FlatParameters]:
+        """What is trained: the adapter or all weights, and what has a rate of its own beside it."""
+        return [self.trained] if self.beside is None else [self.trained, self.beside]
 
     @property
     def device(self) -> torch.device:
@@ -164,14 +188,14 @@ class Loop:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients of the adapter."""
+        """Adds to the gradients of what is trained."""
         self.accelerator.backward(loss)
         if self._narrow is not None:
             self._narrow.collect()
 
     def clip(self) -> None:
         """Clips the gradient of the loss to norm `training.clip`."""
-        self.accelerator.clip_grad_norm_([self.trained.flat], self.config.training.clip)
+        self.accelerator.clip_grad_norm_([flat.flat for flat in self.flats], self.config.training.clip)
 
     def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
         """Makes the next optimizer step change nothing if a gradient is not finite.
@@ -210,7 +234,8 @@ class Loop:
     def _cast_at_once(self) -> Iterator[None]:
         """Steps inside the with block cast all factors at once; those of several processes exchange gradients apart."""
         dtype = self.autocast_dtype
-        if dtype is None or self.device.type not in CASTS_ON or processes.count() > 1 or self._decode is not None:
+        alone = processes.count() == 1 and self._decode is None and not self.trains_all
+        if dtype is None or self.device.type not in CASTS_ON or not alone:
             yield
             return
         self._narrow = NarrowFactors(self.trained, self.model.modules(), dtype)
@@ -243,7 +268,8 @@ class Loop:
             batches = next(self._batches)
             rate = self._set_learning_rate()
             step(batches)
-            self.trained.zero_grad()
+            for flat in self.flats:
+                flat.zero_grad()
             if self._narrow is not None:
                 self._narrow.refresh()
             self.step += 1
@@ -284,7 +310,7 @@ class Loop:
         return True
 
     def take_best(self) -> None:
-        """Ends the run with the adapter of the best validation score, if `training.keep_best` is set."""
+        """Ends the run with the weights of the best validation score, if `training.keep_best` is set."""
         if self.validation.adapter:
             self._set_adapter(self.validation.adapter)
 
@@ -337,9 +363,11 @@ class Loop:
         self._loss, self._logged_at = torch.zeros((), device=self.device), self.step
 
     def _set_learning_rate(self) -> float:
-        rate = learning_rate(self.config.training, self.step)
-        for group in self.adamw.param_groups:
-            group["lr"], group[CLIPS] = rate, bool(self.config.training.update_clipping)
+        training = self.config.training
+        rate = full_rate(training, self.step) if self.trains_all else learning_rate(training, self.step)
+        rates = (rate, training.embeddings_rate(rate))
+        for group, own in zip(self.adamw.param_groups, rates, strict=False):
+            group["lr"], group[CLIPS] = own, bool(training.update_clipping)
         return rate
 
     def _heard_signal(self) -> bool:
@@ -382,7 +410,8 @@ class Loop:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         tensors = prefixed("model", self._adapter()) | prefixed("best", self.validation.adapter)
-        tensors |= prefixed("lora_optimizer", self.trained.state_of(self.adamw))
+        for flat in self.flats:
+            tensors |= prefixed("lora_optimizer", flat.state_of(self.adamw))
         tensors |= prefixed("sinks", self.sinks.states) | {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -398,7 +427,7 @@ class Loop:
 
     def _adapter(self) -> dict[str, Tensor]:
         """What is trained, by name."""
-        return dict(self.trained.parameters)
+        return {name: parameter for flat in self.flats for name, parameter in flat.parameters.items()}
 
     def _set_adapter(self, adapter: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -434,7 +463,8 @@ class Loop:
             self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")
         self._set_adapter(state.part("model"))
         self.validation.load(state.meta["validation"], state.part("best"))
-        self.trained.load_state(self.adamw, state.part("lora_optimizer"))
+        for flat in self.flats:
+            flat.load_state(self.adamw, state.part("lora_optimizer"))
         self.sinks.states = {layer: held.to(self.device) for layer, held in state.part("sinks").items()}
         self._reset_loss()
         self._batches = self.batches_from(self.step)

@@ -56,7 +56,7 @@ def _plain_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None = None) -> tuple[Tensor, Tensor]:
     """What the logits of the scored tokens are the product of: states [scored, hidden], head [vocab, hidden]."""
-    causal = _causal(model)
+    causal = causal_of(model)
     family = family_of(causal.config)
     hidden = _final_hidden(model, causal, batch, family.windows(causal.config), decode)
     with scope("loss"):
@@ -69,11 +69,12 @@ def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None =
 
 def logits_cap(model: nn.Module) -> float | None:
     """c where these products z become logits c * tanh(z / c), else None."""
-    config = _causal(model).config
+    config = causal_of(model).config
     return family_of(config).logits_cap(config)
 
 
-def _causal(model: nn.Module) -> PreTrainedModel:
+def causal_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, which may be inside PEFT or a distributed wrapper."""
     inner = getattr(model, "module", model)  # DistributedDataParallel
     return cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
 

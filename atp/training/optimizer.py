@@ -1,4 +1,4 @@
-"""AdamW for LoRA, whose steps may be bounded by how much its gradients surprise it."""
+"""AdamW for what is trained, whose steps may be bounded by how much its gradients surprise it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ _CHUNK = {"cpu": 2**17}
 """Elements that pass after pass goes over while they are in cache; on other devices all of them."""
 
 
-def adamw(parameters: FlatParameters, config: TrainingConfig) -> AdamW:
-    """The optimizer of an adapter's parameters; its rate, and whether it clips updates, are set before each step.
+def adamw(parameters: FlatParameters, config: TrainingConfig, beside: FlatParameters | None = None) -> AdamW:
+    """The optimizer of an adapter's parameters, or of all weights; without weight decay.
 
-    It is fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
+    A group's rate, and whether it clips updates, are set before each step. beside: parameters with a group, and so a
+    rate, of their own. It is fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
     """
     betas = (0.9, config.second_moment)
-    optimizer = AdamW([parameters.flat], lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-    optimizer.param_groups[0][CLIPS] = False
-    _clip_updates(optimizer, parameters)
+    flats = [parameters] if beside is None else [parameters, beside]
+    groups: list[dict[str, Any]] = [{"params": [flat.flat], CLIPS: False} for flat in flats]
+    optimizer = AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    for index, flat in enumerate(flats):
+        _clip_updates(optimizer, index, flat)
     return optimizer
 
 
-def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
-    """While the group's `CLIPS` is set, a step in a parameter is divided by max(1, rms(g / sqrt(v))).
+def _clip_updates(optimizer: AdamW, index: int, parameters: FlatParameters) -> None:
+    """While this group's `CLIPS` is set, a step in a parameter is divided by max(1, rms(g / sqrt(v))).
 
     g is the parameter's gradient and v the second moment, bias-corrected, after the step. The quotient is about 1 while
     gradients are as large as they were, and larger where v is too small for them, which is when AdamW's steps are too
@@ -46,7 +49,7 @@ def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
     @torch.no_grad()
     def remember(optimizer: Optimizer, *_: Any) -> None:
         nonlocal clips
-        clips = optimizer.param_groups[0][CLIPS]
+        clips = optimizer.param_groups[index][CLIPS]
         if clips:
             before[:] = [before[0].copy_(flat) if before else flat.clone()]
 
@@ -54,7 +57,7 @@ def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
     def clip(optimizer: Optimizer, *_: Any) -> None:
         if not clips:
             return
-        group, state = optimizer.param_groups[0], optimizer.state[flat]
+        group, state = optimizer.param_groups[index], optimizer.state[flat]
         assert flat.grad is not None
         squares = parameters.sum_by_parameter(_squares(flat.grad, state["exp_avg_sq"], group["eps"]))
         rms = (squares / counts.clamp_min(1) * (1 - group["betas"][1] ** state["step"]).to(flat.device)).sqrt()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,7 +24,7 @@ from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.decide.scored import ScoredDecisions
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 from atp.ground.devices import for_float64, upload
 from atp.lora.controller import MaskController
 from atp.lora.regularizers import Regularizer, make_regularizer
@@ -39,7 +39,7 @@ from atp.training.certificate import at_cut, at_freeze, masked_logits
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
 from atp.training.cross_entropy import held_heads
 from atp.training.data import Batch, batch_at, refit_batch, refit_orders, run_order, sized, to_device
-from atp.training.loss import causal_lm_loss
+from atp.training.loss import causal_lm_loss, causal_of
 from atp.training.offload import Offload
 from atp.training.profiling import scope
 from atp.training.rounds import round_targets, undone
@@ -89,7 +89,7 @@ class Pruning:
 
     def take(self, model: PeftModel) -> None:
         """Makes an uncut model, on the device, the one that decisions are about; before any of them is under masks."""
-        self.model = model
+        self.model: CausalLM = model
         groups = LoraGroups(model, self.space)
         regularizer = make_regularizer(self.training.regularizer, model, self.space, groups, seed=self.seed + 2)
         self._uncut: Uncut | None = Uncut(MaskController(model, self.space), groups, regularizer)
@@ -277,8 +277,8 @@ class Pruning:
         self.uncut.controller.forget()
         return fitted
 
-    def cut(self, swap: Callable[[PeftModel], None]) -> None:
-        """Cuts the settled model and measures that nothing changed; `self.model` is the smaller one, adapter included.
+    def cut(self, swap: Callable[[PeftModel], None]) -> PeftModel:
+        """Cuts the settled model and measures that nothing changed; returns the smaller one, adapter included.
 
         swap: called with it before the measurement, so that the caller lets go of the uncut model. Raises `NotReached`
         if the cut changes the logits.
@@ -286,23 +286,26 @@ class Pruning:
         mask, tokens = self.decisions.mask, self.certificate_tokens()
         left = float(self.uncut.groups.largest_removed_norm(self._mask_on_device()))
         reference = masked_logits(self.model, self.uncut.controller, mask, tokens)
-        self.become_cut()
-        swap(self.model)
-        self.certificate |= at_cut(reference, self.model, tokens, left)
+        smaller = self.become_cut()
+        swap(smaller)
+        self.certificate |= at_cut(reference, smaller, tokens, left)
+        return smaller
 
-    def become_cut(self) -> None:
+    def become_cut(self) -> PeftModel:
         """Takes the smaller model and drops all that belongs to the uncut one."""
         cut = cut_model(self.model, self.space, self.decisions.mask)
         assert isinstance(cut, PeftModel), "an adapter stays around the cut model"
         self.model = cut
         self._uncut = None
+        return cut
 
     # Calibration data
 
     @property
     def decoder(self) -> PreTrainedModel:
         """The decoder inside causal LM and adapter."""
-        return cast(PreTrainedModel, self.model.get_base_model()).get_decoder()
+        decoder: PreTrainedModel = causal_of(self.model).get_decoder()
+        return decoder
 
     def certificate_tokens(self) -> Tensor:
         """The windows that certificates are measured on, int64 [windows, tokens], on the device."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from atp.config import TrainingConfig
 from atp.config.resolved import ResolvedTraining
+from atp.config.training import FULL_LR
 
 Phase = Literal["open", "search", "settle", "tune"]
 
@@ -57,12 +58,22 @@ def learning_rate(config: ResolvedTraining, step: int) -> float:
 
     It rises from 0 to `lr` linearly over `warmup` steps, then stays, or falls to 0 linearly or by half a cosine.
     """
-    highest = config.lr or 0.0  # null only where no data are known, and there is no step then
+    # null only where no data are known, and there is no step then
+    return _scheduled(config, config.lr or 0.0, step, config.total)
+
+
+def full_rate(config: ResolvedTraining, step: int) -> float:
+    """The same where all weights are tuned after the cut: from 0 at the cut to `full_lr`, and to the end of the run."""
+    cut = Phases.from_config(config).cut_step
+    return _scheduled(config, config.full_lr or FULL_LR, step - cut, config.total - cut)
+
+
+def _scheduled(config: ResolvedTraining, highest: float, step: int, total: int) -> float:
     if step < config.warmup:
         return highest * (step / config.warmup)
     if config.schedule == "constant":
         return highest
-    falling = max(1, config.total - config.warmup)
+    falling = max(1, total - config.warmup)
     if config.schedule == "linear":
-        return highest * max(0.0, (config.total - step) / falling)
+        return highest * max(0.0, (total - step) / falling)
     return highest * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - config.warmup) / falling))))

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from atp.data import collate
-from atp.training.loss import head_inputs
+from atp.training.loss import causal_of, head_inputs
 
 _SPREAD = 0.05  # squared distance of a first token's state from their mean over its square: below it they are one
 _TOKENS = 64  # of the training samples, and of the vocabulary
@@ -34,7 +33,7 @@ class Sinks:
         self.weight = weight
         self.states: dict[str, Tensor] = {}  # layer -> float32 [hidden]; by name, as checkpoints have them
 
-    def look(self, model: PeftModel, samples: Dataset, autocast: AbstractContextManager[Any]) -> None:
+    def look(self, model: nn.Module, samples: Dataset, autocast: AbstractContextManager[Any]) -> None:
         """Takes the states from a model as it is. samples: of training, whose first tokens count."""
         if not self.weight:
             return
@@ -43,7 +42,7 @@ class Sinks:
         first = torch.stack([samples[place]["input_ids"][0] for place in places])
         # Samples may all begin alike, and then every layer has one state for them: other tokens tell sinks apart.
         generator = torch.Generator().manual_seed(0)
-        base: Any = model.get_base_model()
+        base: Any = causal_of(model)
         others = torch.randint(base.config.get_text_config().vocab_size, (_TOKENS,), generator=generator)
         batch = collate([{"input_ids": token, "labels": token} for token in torch.cat([first, others])[:, None]])
         device = next(model.parameters()).device
@@ -57,7 +56,7 @@ class Sinks:
                 self.states[name] = states[:_TOKENS].mean(0)
 
     @contextmanager
-    def watched(self, model: PeftModel) -> Iterator[dict[str, Tensor]]:
+    def watched(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Around a forward pass: yields {layer: float32 [rows, hidden], the first token's states}, for `distance`."""
         if not self.states:
             yield {}
@@ -73,7 +72,7 @@ class Sinks:
         return self.weight * torch.stack(parts).mean() if parts else 0.0
 
     @contextmanager
-    def _caught(self, model: PeftModel) -> Iterator[dict[str, Tensor]]:
+    def _caught(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         caught: dict[str, Tensor] = {}
 
         def catch(name: str) -> Any:
@@ -83,7 +82,7 @@ class Sinks:
 
             return hook
 
-        base: Any = model.get_base_model()
+        base: Any = causal_of(model)
         wanted = ((str(index), layer) for index, layer in enumerate(base.get_decoder().layers))
         handles = [
             layer.register_forward_hook(catch(name)) for name, layer in wanted if not self.states or name in self.states

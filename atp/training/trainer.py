@@ -32,6 +32,7 @@ from atp.models.fused import split_projections
 from atp.models.stock import stock_config
 from atp.processes import processes
 from atp.removal import base_of, cut_state_dict, merge_adapter
+from atp.removal.masters import whole_model
 from atp.sharding.shards import is_sharded, sharded_copy
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
@@ -40,6 +41,7 @@ from atp.training.certificate import write_certificate
 from atp.training.checkpoint import Checkpoint
 from atp.training.distill import Teacher
 from atp.training.loop import Loop
+from atp.training.loss import causal_of
 from atp.training.pruning import Pruning
 from atp.training.resume import begun, fingerprints
 from atp.training.schedule import Phases
@@ -82,7 +84,7 @@ class ATPTrainer(Loop):
         self._merged: dict[str, Tensor] = {}  # DoRA's adapter of the open phase, once it is merged
         self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
-            self.model, space, calibration_dataset, self.config.decisions, self.config.training, seed=config.seed,
+            self.adapted, space, calibration_dataset, self.config.decisions, self.config.training, seed=config.seed,
             autocast=self.autocast_dtype,
         )  # fmt: skip
         self.pruning.offload = self.offload
@@ -184,7 +186,7 @@ class ATPTrainer(Loop):
     def _teach(self) -> None:
         """Makes the model as it is the teacher of all later steps."""
         self._taught = self._adapter_copy()
-        self.teacher = Teacher(self.model, self.config.training.distill, self.autocast_dtype)
+        self.teacher = Teacher(self.adapted, self.config.training.distill, self.autocast_dtype)
 
     def _adapter_copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._adapter().items()}
@@ -199,8 +201,14 @@ class ATPTrainer(Loop):
         Masks, the refit and the cut take factors apart, and DoRA's norms are of whole rows.
         """
         self._merged = self._adapter_copy()
-        self.bind(self._wrapped(merge_adapter(self.model), "lora"))
-        self.pruning.take(self.model)
+        self.bind(self._wrapped(merge_adapter(self.adapted), "lora"))
+        self.pruning.take(self.adapted)
+
+    def _train_all(self, *, merged: bool) -> None:
+        """Goes on with all weights of the cut model in place of its adapter, which is merged into them if asked for."""
+        self.pruning.model = whole_model(self.adapted, merged=merged)
+        self.pruning.refitted = []  # checkpoints hold all weights from here on
+        self.bind(self.pruning.model)
 
     def _renew(self) -> None:
         """Gives the cut model a DoRA adapter that has learned nothing yet, in place of the one of zeros."""
@@ -232,7 +240,12 @@ class ATPTrainer(Loop):
             for prefix in ("model", "lora_optimizer"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)
                 state.tensors |= checkpoints.prefixed(prefix, part)
-            if self._is_dora:
+            if self.config.training.after_cut == "full":
+                self._train_all(merged=True)
+                state.replace("model", self._adapter())
+                state.replace("lora_optimizer", {})
+                state.replace("refit", {})
+            elif self._is_dora:
                 self._renew()
                 state.replace("model", self._adapter())
             self.pruning.add_refit(state)
@@ -274,15 +287,17 @@ class ATPTrainer(Loop):
             folder.mkdir(parents=True, exist_ok=True)
             save_decisions(folder, self.space, self.decisions.mask)
         after = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
-        stock = stock_config(self.model.get_base_model().config) is not None
+        stock = stock_config(causal_of(self.model).config) is not None
         card = model_card(self.config, self.params_before, after, stock=stock)
         tokens = self.pruning.certificate_tokens()
         certificate = self.certificate | export_model(self.model, folder, self.tokenizer, tokens, card)
         load_in = self.config.model.load_in
         if load_in is not None:
             certificate["base"] = f"{FORMS[load_in].says}: the masked and the cut model are compared on these weights"
+        if self.config.training.beside_lora:
+            certificate["trained besides LoRA"] = self.config.training.beside_lora
         if self.config.export.keep_adapter:
-            keep_adapter(self.model, folder, self.tokenizer, self.config)
+            keep_adapter(self.adapted, folder, self.tokenizer, self.config)
         if processes.is_main():
             certificate = write_certificate(folder / "certificate.json", certificate, tokens)
         return certificate
@@ -321,7 +336,9 @@ class ATPTrainer(Loop):
         self.pruning.load(state)
         if self.pruning.is_cut:
             self.bind(self.pruning.model)
-            if self._is_dora:
+            if self.config.training.after_cut == "full":
+                self._train_all(merged=False)
+            elif self._is_dora:
                 self._renew()
         self.load(state)
         self.pruning.autocast = self.autocast_dtype

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.data.encoding import byte_lengths
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 from atp.ground.errors import InputError
 from atp.processes import processes
 from atp.training.data import sized, to_device
@@ -63,12 +62,12 @@ class Validation:
         """Whether so many scores in a row were no better that training stops."""
         return self.patience is not None and self.waited >= self.patience
 
-    def measure(self, model: PeftModel, device: torch.device) -> float:
+    def measure(self, model: CausalLM, device: torch.device) -> float:
         """Mean cross-entropy per scored token, in nats, of the model as it is; the main process's figure for all."""
         self.last = processes.together(lambda: self._measure(model, device))
         return self.last
 
-    def _measure(self, model: PeftModel, device: torch.device) -> float:
+    def _measure(self, model: CausalLM, device: torch.device) -> float:
         assert self.dataset is not None
         total, tokens, size = 0.0, 0, 0
         with inference(model, self.autocast):

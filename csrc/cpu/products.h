@@ -58,6 +58,7 @@ inline Tensor all_products(const Tensor& left, const Tensor& right) {
 // Copies rows of matrices of one dtype, whose rows may lie apart.
 inline void copy_rows(const Tensor& from, const Tensor& to) {
   const int64_t rows = from.size(0), cols = from.size(1), width = cols * from.element_size();
+  if (rows == 0 || cols == 0) return;  // their memory may be at no address, which memcpy must not be given
   const int64_t from_stride = from.stride(0) * from.element_size(), to_stride = to.stride(0) * to.element_size();
   const char* source = static_cast<const char*>(from.const_data_ptr());
   char* target = static_cast<char*>(to.mutable_data_ptr());

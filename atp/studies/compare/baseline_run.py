@@ -124,14 +124,14 @@ class BaselineRun(Run):
     ) -> dict[str, Any]:
         """Writes model/ and, with `export.keep_adapter`, base/ and adapter/; returns the result of `certify_export`."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
-        stock = stock_config(tuner.model.get_base_model().config) is not None
+        stock = stock_config(tuner.adapted.get_base_model().config) is not None
         card = baseline_card(self.config, self.method, params_before, after, stock=stock)
         tokens = certificate_tokens(data.calibration).to(tuner.device)
 
         def write() -> dict[str, Any]:
             certificate = export_model(tuner.model, self.folder, tokenizer, tokens, card)
             if self.config.export.keep_adapter:
-                keep_adapter(tuner.model, self.folder, tokenizer, self.config)
+                keep_adapter(tuner.adapted, self.folder, tokenizer, self.config)
             return certificate
 
         return processes.on_main(write)

@@ -10,9 +10,10 @@ from atp.decide.maker import frozen
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
-from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
+from atp.plan.activations import Pass, kept_by_full, kept_by_saliency, kept_by_training
 from atp.plan.shapes import ModelShapes, adapter_params, mask_of
 from atp.removal import cut_model
+from atp.removal.masters import whole_model
 from atp.training.loss import causal_lm_loss
 
 RANK, VOCAB = 4, 64
@@ -124,6 +125,25 @@ def test_a_step_of_dora(prepare, autocast):
         2 if autocast else 4, 4, RANK, watched=prepare is watched, dora=True, short=SHORT if autocast else 0
     )  # fmt: skip
     assert kept_by_training(shapes, shapes.whole[0], how) == (pytest.approx(found, rel=0.1) if autocast else found)
+
+
+def whole(model, shapes):
+    plain = whole_model(model)
+    use_training_attention(plain)
+    return plain, torch.enable_grad()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_all_weights(family, autocast):
+    """An estimate in families whose norms or blocks are not Llama's."""
+    found, shapes = per_token_and_layer(family, "mlp", whole, autocast=autocast)
+    capped = family == "gemma2"
+    how = Pass(
+        2 if autocast else 4, 4, RANK, short=SHORT if autocast and not capped else 0, capped=SHORT if capped else 0
+    )
+    exact = family in ("llama", "mistral", "qwen2", "granite")
+    assert kept_by_full(shapes, shapes.whole[0], how) == (found if exact else pytest.approx(found, rel=0.15))
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])

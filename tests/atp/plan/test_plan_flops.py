@@ -18,6 +18,7 @@ from atp.plan.cost import Cost, Flops, PhaseCost, cost_of
 from atp.plan.probe import one_layer, seconds_of
 from atp.plan.shapes import mask_of
 from atp.removal import cut_model
+from atp.removal.masters import train_embeddings, whole_model
 from atp.spaces.space import MaskSpace
 from atp.training import offload
 from atp.training.cross_entropy import linear_cross_entropy
@@ -90,6 +91,19 @@ def test_a_step_of_the_cut_model(space):
     expected = Cost(plan).step(shapes.kept)
     assert expected.whole == expected.step == 0
     assert counted(smaller) == pytest.approx(expected.total * TOKENS, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_steps_that_train_more_than_lora(tied):
+    plan = job("training.embeddings=true", "training.after_cut=full", scored=SCORED, tie_word_embeddings=tied)
+    shapes, model = plan.shapes, lora_model(plan.shapes)
+    train_embeddings(model)
+    assert counted(model) == pytest.approx(Cost(plan).step(shapes.whole).total * TOKENS, rel=1e-3)
+    whole = whole_model(cut_model(model, shapes.space, mask_of(shapes.space, shapes.counts)))
+    use_training_attention(whole)
+    assert counted(whole) == pytest.approx(Cost(plan).full_step().total * TOKENS, rel=1e-3)
+    rows = {row.phase: row for row in cost_of(plan)}
+    assert rows["tune"].flops == Cost(plan).full_step() * rows["tune"].tokens
 
 
 def test_a_soft_mask_and_a_forward_pass():

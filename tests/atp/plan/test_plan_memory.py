@@ -140,6 +140,39 @@ def test_tune_is_of_the_cut_model():
     assert row["activations"] == kept * TOKENS * 2
 
 
+def test_all_weights_after_the_cut_by_hand():
+    asked = "training.after_cut=full", "training.distill=0", "decisions.refit_windows=0", "training.keep_best=true"
+    plan = job(*asked, "evaluation.every=9", "training.update_clipping=true", "model.dtype=bfloat16", count=2)
+    rows = {row["phase"]: row["parts"] for row in memory_of(plan)}
+    inner, total = plan.shapes.counts["mlp"][0], plan.after["total"]
+    row = rows["tune"]
+    assert row["weights"] == row["gradients"] == row["best"] == row["exchanged"] == row["clipped"] == 4 * total
+    assert row["optimizer"] == 8 * total and "adapter" not in row and row["tables"] == 2 * 4 * VOCAB * 96
+    # Two inputs, q, k, v and the output of attention, all four products of the MLP; norms keep what they normalized.
+    kept = 4 * (2 * 96 + 48 + 16 + 16 + 48 + 4 * inner) + 4 * 4 * 96 + 4 * (3 + 2)
+    assert row["activations"] == kept * TOKENS * 2
+    assert rows["open"]["weights"] == 2 * TOTAL and rows["open"]["adapter"] == 4 * ADAPTER
+    assert rows["export"]["weights"] == 4 * total and rows["score again"]["reloaded"] == 2 * total
+    narrow = parts(*asked[:3], autocast=torch.bfloat16, device="cuda")["tune"]["parts"]
+    assert narrow["casts"] == 2 * 2 * (2 * 48 * 96 + 2 * 16 * 96 + 3 * inner * 96)
+
+
+def test_embeddings_beside_lora_by_hand():
+    quiet = "training.distill=0", "decisions.refit_windows=0"
+    for tied, dtype in ((True, "float32"), (False, "bfloat16")):
+        given = (*quiet, f"model.dtype={dtype}")
+        without, with_them = (
+            parts(*given, *more, tie_word_embeddings=tied) for more in ((), ("training.embeddings=true",))
+        )
+        table = VOCAB * 96
+        for phase in ("open", "tune"):
+            row, before = with_them[phase], without[phase]
+            more = {name: row["parts"][name] - before["parts"].get(name, 0) for name in row["parts"]}
+            changed = {"optimizer": 8 * table, "gradients": 4 * table, "tables": 4 * table * (1 + tied)}
+            changed |= {"weights": 2 * table} if dtype == "bfloat16" else {}
+            assert {name: n for name, n in more.items() if n} == changed
+
+
 def test_layers_that_differ_are_added_up_one_by_one():
     rows = {row["phase"]: row["parts"] for row in memory_of(unequal_job("training.distill=0"))}
     narrow = 2 * 48 * 96 + 2 * 16 * 96 + 3 * 100 * 96

@@ -90,6 +90,13 @@ def test_learned_decisions_gather_for_a_batch_of_their_own():
     assert found["search"]["reduced"] == 4 * 2 * RANK * (2 * (96 + 96) + 2 * (32 + 96) + 3 * (256 + 96))
 
 
+def test_what_is_trained_besides_lora_is_reduced_too():
+    asked = "training.embeddings=true", "training.after_cut=full", *QUIET
+    plan, alone = job(*asked, count=2), job(*QUIET, count=2)
+    found, others = ({row["phase"]: row["reduced"] for row in exchange_of(each)} for each in (plan, alone))
+    assert found["open"] == others["open"] + 4 * 64 * 96 and found["tune"] == 4 * plan.after["total"]
+
+
 def test_a_plan_of_many_processes_on_gpus_needs_neither():
     one, many = make_plan(public(), device="cuda"), make_plan(public("training.sharding=fsdp"), count=8, device="cuda")
     assert one["model"] | {"processes": 8} == many["model"] and one["model"]["device"] == "cuda"

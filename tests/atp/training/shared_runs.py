@@ -27,10 +27,18 @@ RUNS = {
     "learned": ({"source": "learned", "refit_windows": 24}, {}, {}),
     "running": ({"source": "running", "refit_windows": 0}, {**SHORT, "search": 2, "settle": 1}, {}),
     "untied": (
-        {"source": "tuned", "space": "kv_group", "refit_windows": 5, "rounds": 2}, SHORT,
+        {"source": "tuned", "space": "kv_group", "refit_windows": 5, "rounds": 2},
+        SHORT,
         {"tie_word_embeddings": False},
     ),
-}  # fmt: skip
+    "embeddings": ({"source": "tuned", "refit_windows": 5}, SHORT | {"embeddings": True}, {}),
+    "full": (
+        {"source": "tuned", "refit_windows": 5},
+        SHORT | {"tune": 3, "embeddings": True, "after_cut": "full", "full_lr": 1e-3},
+        {},
+    ),
+}
+UNSHARDED = ("embeddings", "full")  # fmt: skip
 # Processes of each part of a run, and the step where it is broken off: before the refit, after it, after the cut.
 PARTS = {
     "whole": [(2, SEARCH - 1), (4, CUT + 1), (1, None)],
@@ -88,7 +96,9 @@ def main(root):
     torch.set_num_threads(1)
     for name in RUNS:
         fork(1, lambda name=name: train(root / f"{name}-one", name, 1))
-        if name != "learned":
+        if name in UNSHARDED:
+            fork(2, lambda name=name: train(root / f"{name}-two", name, 2))
+        elif name != "learned":
             fork(2, lambda name=name: train(root / f"{name}-sharded", name, 2, sharding="fsdp"))
     for kind, parts in PARTS.items():
         for number, (count, stop) in enumerate(parts):

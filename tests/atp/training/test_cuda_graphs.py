@@ -154,6 +154,7 @@ def long(trainer):
         ({"lora": {"dropout": 0.1}}, None, "every replay would repeat what lora.dropout drew"),
         ({"training": {"gradient_checkpointing": True}}, None, "training.gradient_checkpointing works inside"),
         ({"training": {"offload": True}}, None, "training.offload works inside the passes"),
+        ({"training": {"embeddings": True}}, None, "the head's gradient is not added inside the passes"),
         ({"training": {"hold_sinks": 0.1}}, None, "training.hold_sinks works inside the passes"),
         ({}, hook, "somebody waits for calls of base_model.model.model.layers.0"),
         ({}, long, "RoPE of type longrope reads the length of every batch"),

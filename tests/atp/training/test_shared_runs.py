@@ -19,6 +19,8 @@ TOLERANCE = 1e-5  # of weights and losses: only the order differs in which proce
 SAME = {
     "running-sharded": "running-one",
     "untied-sharded": "untied-one",
+    "embeddings-two": "embeddings-one",
+    "full-two": "full-one",
     "parts-whole": "learned-one",
     "parts-fsdp": "learned-one",
 }
