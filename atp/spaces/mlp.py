@@ -12,14 +12,15 @@ from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
 
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """`mlp` alone: attention stays whole, which keeps the cut exact where norms are over all heads."""
-    return [mlp_channels(linears)]
+    return [mlp_channels(linears, block="mlp")]
 
 
-def mlp_channels(linears: dict[str, Linear]) -> Structure:
+def mlp_channels(linears: dict[str, Linear], block: str | None = None) -> Structure:
     """Structure `mlp`: a decision removes one channel, a row of gate_proj and up_proj and a column of down_proj.
 
     A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Only element-wise work lies
-    between the three linears, so channels may lie in any order.
+    between the three linears, so channels may lie in any order. block: `mlp` where it may go as a whole; without a
+    channel it adds nothing.
     """
     size = linears["mlp.down_proj"].in_features
     owner = torch.arange(size)
@@ -29,8 +30,9 @@ def mlp_channels(linears: dict[str, Linear]) -> Structure:
         Cut("mlp.down_proj", 1, owner, soft=False, reorderable=True),
     )
     return Structure(
-        "mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS, remainder=True
-    )
+        "mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS,
+        remainder=True, block=block,
+    )  # fmt: skip
 
 
 def _widths(structure: Structure, kept: Tensor) -> dict[str, int]:
