@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
-from test_gguf import CASES, VOCAB, tiny, tokens, write
+from test_gguf import CASES, VOCAB, WITHOUT_BLOCKS, tiny, tokens, without_blocks, write
 from tiny_tokenizers import MARKED, PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
 from atp.baselines.simple import magnitude_scores
@@ -33,7 +33,24 @@ pytestmark = pytest.mark.slow
 def test_llama_cpp_computes_the_models_probabilities(tmp_path, name, widths):
     model = tiny(name, widths)
     write(model, tmp_path / "model.gguf")
-    runtime, letter = LlamaCpp(tmp_path / "model.gguf"), byte_level().convert_tokens_to_ids("a")
+    assert_same_probabilities(model, tmp_path / "model.gguf", name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@pytest.mark.parametrize(("name", "gone"), WITHOUT_BLOCKS)
+def test_llama_cpp_computes_a_model_without_blocks(tmp_path, name, gone, dtype):
+    """With zeros in place of what it cannot leave out; of quantized weights it is enough that it runs."""
+    model = without_blocks(name, gone)
+    write(model, tmp_path / "model.gguf", dtype)
+    if dtype == "f32":
+        assert_same_probabilities(model, tmp_path / "model.gguf", name)
+    else:
+        assert len(LlamaCpp(tmp_path / "model.gguf").greedy(tokens()[0][:5], 4)) == 4
+
+
+def assert_same_probabilities(model, path, name):
+    runtime, letter = LlamaCpp(path), byte_level().convert_tokens_to_ids("a")
     for ids in tokens():
         # One token must fit behind, and with this context llama.cpp takes the long factors for short texts too.
         for length in (7 if "longrope" in name else 1, 7, len(ids) - 1):
