@@ -71,7 +71,8 @@ def _nearest_filling(
     """
     space = budget.space
     sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
-    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64).minimum(sizes)
+    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64)
+    steps = steps.minimum(sizes).clamp_min(1)  # there is nothing of a block that a layer lacks
     fewest = (0 if blocks and structure.block is not None else structure.least for structure in space.structures)
     least = torch.tensor(list(fewest), dtype=torch.float64)
     counts = torch.minimum((least / steps).ceil() * steps, sizes)
