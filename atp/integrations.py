@@ -284,7 +284,8 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
     if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
         raise InputError("ATPCallback needs plain LoRA, without use_dora, lora_bias, bias and modules_to_save")
     config._register_custom_module({nn.Linear: MaskedPeftLinear})  # so that the cut model has the same layers
-    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.adapted}
+    layers = range(space.num_layers)
+    names = {f"layers.{layer}.{name}" for layer in layers for name, own in space.present(layer).items() if own.lora}
     found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
     remedy = "make the adapter with target_modules='all-linear'"
     if len(space.adapted) < len(space.modules):  # where PEFT also takes experts for linears

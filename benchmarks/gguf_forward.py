@@ -73,7 +73,8 @@ def logits(file: File, ids: Tensor) -> Tensor:
         assert len(set(heads)) == len(set(kv_heads)) == len(set(inner)) == 1
         assert not isinstance(file.key("attention.head_count"), list)
     else:
-        assert min(inner) > 0 and file.key("rope.dimension_count") == width
+        # llama.cpp leaves out all of a layer without MLP, and takes no width of heads where the first has none.
+        assert min(inner) > 0 < heads[0] and file.key("rope.dimension_count") == width
     rows = len(file.keys["tokenizer.ggml.tokens"])
     biases = architecture in WITH_BIASES
 
@@ -101,35 +102,36 @@ def logits(file: File, ids: Tensor) -> Tensor:
         if (layer + 1) % full_every:
             mask = causal + torch.full_like(causal, -torch.inf).tril(-file.key("attention.sliding_window"))
             turned = (local.cos(), local.sin()) if architecture == "gemma3" else angles
-        normed = norm(x, f"{block}.attn_norm.weight")
-        counts = heads[layer], kv_heads[layer], kv_heads[layer]
-        query, key, value = (
-            file.linear(normed, f"{block}.attn_{n}", count * width, bias=True)
-            for n, count in zip("qkv", counts, strict=True)
-        )
-        if architecture == "olmoe":  # whose norms are as wide as the hidden state
-            assert heads[layer] * width == kv_heads[layer] * width == hidden
-            query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
-        query, key, value = (
-            states.unflatten(-1, (count, width)) for states, count in zip((query, key, value), counts, strict=True)
-        )
-        if architecture == "qwen2":
-            assert heads[layer] * width == hidden
-        if architecture in ("qwen3", "qwen3moe", "gemma3"):
-            query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
-        if architecture != "smollm3" or (layer + 1) % 4 != 0:
-            query, key = (_rotate(states, turned, architecture in NEOX) for states in (query, key))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        key, value = (s.repeat_interleave(heads[layer] // kv_heads[layer], dim=1) for s in (key, value))
-        scores = query @ key.transpose(-1, -2) * scale
-        if architecture == "gemma2":
-            scores = _capped(scores, file.key("attn_logit_softcapping", 50.0))
-        weights = (scores + mask).softmax(-1)
-        mixed = (weights @ value).transpose(1, 2).flatten(2)
-        attended = file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
-        if architecture in BEHIND:
-            attended = norm(attended, f"{block}.post_attention_norm.weight")
-        x = x + residual * attended
+        if heads[layer]:
+            normed = norm(x, f"{block}.attn_norm.weight")
+            counts = heads[layer], kv_heads[layer], kv_heads[layer]
+            query, key, value = (
+                file.linear(normed, f"{block}.attn_{n}", count * width, bias=True)
+                for n, count in zip("qkv", counts, strict=True)
+            )
+            if architecture == "olmoe":  # whose norms are as wide as the hidden state
+                assert heads[layer] * width == kv_heads[layer] * width == hidden
+                query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
+            query, key, value = (
+                states.unflatten(-1, (count, width)) for states, count in zip((query, key, value), counts, strict=True)
+            )
+            if architecture == "qwen2":
+                assert heads[layer] * width == hidden
+            if architecture in ("qwen3", "qwen3moe", "gemma3"):
+                query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
+            if architecture != "smollm3" or (layer + 1) % 4 != 0:
+                query, key = (_rotate(states, turned, architecture in NEOX) for states in (query, key))
+            query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+            key, value = (s.repeat_interleave(heads[layer] // kv_heads[layer], dim=1) for s in (key, value))
+            scores = query @ key.transpose(-1, -2) * scale
+            if architecture == "gemma2":
+                scores = _capped(scores, file.key("attn_logit_softcapping", 50.0))
+            weights = (scores + mask).softmax(-1)
+            mixed = (weights @ value).transpose(1, 2).flatten(2)
+            attended = file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
+            if architecture in BEHIND:
+                attended = norm(attended, f"{block}.post_attention_norm.weight")
+            x = x + residual * attended
         normed = norm(x, f"{block}.ffn_norm.weight")
         if file.key("expert_count", 0):
             x = x + _experts(file, normed, block, inner[layer])

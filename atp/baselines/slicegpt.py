@@ -23,7 +23,7 @@ from atp.baselines.calibration import Batch, calibration_batches
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.evaluation.inference import inference
-from atp.families import BLOCKS, family_of
+from atp.families import BLOCKS, family_of, is_cut
 from atp.ground.errors import InputError
 from atp.models.config import CutConfig
 from atp.models.cut import build, copy_unsaved
@@ -63,6 +63,8 @@ def sliced_width(config: PretrainedConfig, target: float) -> int:
             f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
             "with the norms that slicing rescales, so choose another baseline"
         )
+    if is_cut(config) and (lacking := config.lacking()) is not None:
+        raise InputError(f"slicegpt rotates between the blocks of all layers, but {lacking}: use another method")
     space = MaskSpace.from_config(config, "kv_group")  # for its linears and their parameters, as any other space
     wanted = target * Budget(space).total
     widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)

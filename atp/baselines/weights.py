@@ -20,7 +20,7 @@ def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearNam
     return {
         (index, name): cast(nn.Linear, layer.get_submodule(name))
         for index, layer in enumerate(cast(nn.ModuleList, model.get_decoder().layers))
-        for name in space.modules
+        for name in space.present(index)
     }
 
 
@@ -41,7 +41,7 @@ def group_sums(
     """
     scores = torch.zeros(space.size, dtype=torch.float64)
     for structure in space.structures:
-        for cut in structure.cuts:
+        for cut in structure.cuts if structure.size else ():
             if cut.axis in axes:
                 by_line = importance_of((structure.layer, cut.module)).double().sum(1 - cut.axis)
                 scores[structure.span].index_add_(0, cut.owner, by_line.cpu())

@@ -26,7 +26,7 @@ from atp.config.training import TrainingConfig
 from atp.ground.errors import InputError, quote, shorten
 from atp.ground.places import model_place
 from atp.ground.reading import read_yaml_file
-from atp.spaces import WHOLE_WIDTHS, space_names, structure_names
+from atp.spaces import BLOCK_SPACES, WHOLE_WIDTHS, space_names, structure_names
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
@@ -126,6 +126,10 @@ class DecisionsConfig(Section):
         False,
         description="Equal widths in all layers, as the stock classes of other tools need; true in space experts.",
     )
+    blocks: bool = Field(
+        False,
+        description="Whether whole attention and MLP blocks may be removed, in space kv_group, or MLP blocks in mlp.",
+    )
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None,
         description="Mapping from structures to multiples of their width; null: mlp 64 (CUDA: mlp 128, kv_group "
@@ -159,6 +163,26 @@ class DecisionsConfig(Section):
         if self.uniform and self.space not in WHOLE_WIDTHS:
             raise ValueError(
                 f"uniform needs space {' or '.join(WHOLE_WIDTHS)}, whose widths classes of other tools can have"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _suits_blocks(self) -> DecisionsConfig:
+        if not self.blocks:
+            return self
+        if self.space not in BLOCK_SPACES:
+            raise ValueError(
+                f"blocks needs structures that are whole blocks, and those of space {self.space} are not: use space "
+                f"{' or '.join(BLOCK_SPACES)}"
+            )
+        if self.uniform:
+            raise ValueError(
+                "blocks removes attention or MLP of single layers, and uniform (as in preset stock) keeps all layers "
+                "equal: set one of them to false"
+            )
+        if self.source == "learned":
+            raise ValueError(
+                "blocks weighs whole blocks by their saliency, and learned decisions have none: set another source"
             )
         return self
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atp.spaces.space import MaskSpace
+from atp.spaces.space import MaskSpace, Structure
 
 
 class Budget:
     """Counts the decoder parameters (linears and norms) that a mask keeps; embeddings and lm_head are left out.
 
     A linear keeps rows * (columns + 1 if it has a bias), each side proportional to the kept decisions of the structure
-    that cuts it, so the count is exact for spaces that cut one or both sides. Differentiable in the mask.
+    that cuts it, so the count is exact for spaces that cut one or both sides. Where nothing is kept of a structure that
+    is a whole block, its norms and the bias of its last linear go too. Differentiable in the mask.
 
     Its tensors lie where those of the space do, and masks are counted there, in float64.
     """
@@ -22,18 +23,31 @@ class Budget:
         self.device = space.structure_of.device
         rows, cols = self._sides()
         self.separable = not bool(((rows[1] > 0) & (cols[1] > 0)).any())
-        """Whether removing a decision saves the same whatever else is kept: no linear is cut on both sides."""
+        """Whether removing a decision saves the same whatever else is kept, but for the last one of a block: no linear
+        is cut on both sides."""
         self._row_structure, self._row_scale, self._row_fixed = (part.to(self.device) for part in rows)
         self._col_structure, self._col_scale, self._col_fixed = (part.to(self.device) for part in cols)
         biases = [float(linear.bias) for linears in space.linears for linear in linears.values()]
         self._bias = torch.tensor(biases, device=self.device)
-        self._norms = space.norm_params * space.num_layers
+        self._norms = sum(width for norms in space.norms for width in norms.values())
+        self._with_block = torch.tensor(
+            [float(self._besides(s)) for s in space.structures], device=self.device
+        ).double()
         self._sizes = [structure.size for structure in space.structures]
         ones = torch.ones(space.size, dtype=torch.float64, device=self.device, requires_grad=True)
         with torch.enable_grad():  # the caller may have switched gradients off
             total = self._count(ones)
             self._cost = torch.autograd.grad(total, ones)[0].float()
         self.total = int(total)
+
+    def _besides(self, structure: Structure) -> int:
+        """Parameters that go with the last decision of a block, and with none before: its norms and its last bias."""
+        if structure.block is None or structure.reader is None:
+            return 0
+        (block,) = (block for block in self.space.blocks if block.module == structure.block)
+        norms = sum(width for name, width in self.space.norms[structure.layer].items() if block.holds(name))
+        last = self.space.linears[structure.layer][structure.reader]
+        return norms + last.out_features * last.bias
 
     def _sides(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For rows and columns: (structure of each linear, axis size per kept decision, axis size where uncut)."""
@@ -49,7 +63,7 @@ class Budget:
                     if cut.axis == axis:
                         position = structure.layer * len(names) + names.index(cut.module)
                         structure_of[position], fixed[position] = index, 0.0
-                        scale[position] = len(cut.owner) / structure.size
+                        scale[position] = len(cut.owner) / max(structure.size, 1)
             sides.append((structure_of, scale, fixed))
         return sides
 
@@ -67,11 +81,16 @@ class Budget:
         """
         rows = self._row_fixed + self._row_scale * counts[self._row_structure]
         cols = self._col_fixed + self._col_scale * counts[self._col_structure]
-        return (rows * (cols + self._bias)).sum() + self._norms
+        gone = (self._with_block * (counts <= 0)).sum()
+        return (rows * (cols + self._bias)).sum() + self._norms - gone
 
     def cost(self) -> Tensor:
         """Parameters that removing each decision alone from the whole model saves, float32 [size]."""
         return self._cost
+
+    def with_block(self) -> Tensor:
+        """Parameters that removing all of each structure saves beside the `cost` of its decisions, [structures]."""
+        return self._with_block
 
     def kept(self, mask: Tensor) -> int:
         """Decoder parameters that a hard mask [size] keeps."""

@@ -85,8 +85,11 @@ class Decisions(ABC):
     @torch.no_grad()
     def at(self, share: float) -> Tensor:
         """The mask that the logits of now give with another share to keep, bool [space.size], on the host."""
-        config = self.config.model_copy(update={"target_keep": share})
-        return processes.from_main(fit_decisions(self.logits(), config, self.budget).cpu(), "decisions")
+        return processes.from_main(self.fitted(share).cpu(), "decisions")
+
+    def fitted(self, share: float) -> Tensor:
+        """The mask that the logits give with a share to keep, under all rules, bool [space.size]."""
+        return fit_decisions(self.logits(), self.config.model_copy(update={"target_keep": share}), self.budget)
 
     def target_at(self, step: int) -> float:
         """Share of parameters to keep after `step` search steps, on a cubic fall (docs/method.md section 5)."""
@@ -105,7 +108,7 @@ class Decisions(ABC):
 
         Raises `NotReached` for logits that are not finite.
         """
-        mask = fit_decisions(self.logits(), self.config, self.budget)
+        mask = self.fitted(self.config.target_keep)
         self.frozen = True
         return self.replace(mask)
 

@@ -41,21 +41,30 @@ def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:
     return keep_one(logits.detach() + exact_offset(logits, share, budget) >= 0, logits.detach(), budget.space)
 
 
-def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int] | None) -> Tensor:
+def fit_mask(
+    logits: Tensor, target: float, budget: Budget, multiples: dict[str, int] | None, empty: Tensor | None = None
+) -> Tensor:
     """The noise-free decision, trimmed or grown by logit until the budget and the width rules hold.
 
     logits float [size]; target: share of decoder parameters. multiples: structure name -> number that its kept count
     must be a multiple of (default 1) unless the structure is kept whole; None: those of `width_rules`. Counts are
     rounded first; then blocks of `multiple` decisions are removed (lowest mean logit first) or added (highest first),
-    skipping blocks that are too large, until no single block brings the share closer to the target.
-    Returns bool [size] with at least one block in every structure. Raises `NotReached` for logits that are not finite.
+    skipping blocks that are too large, until no single block brings the share closer to the target. empty: bool
+    [structures], of which nothing is kept; None for none.
+    Returns bool [size] with at least one block in every other structure. Raises `NotReached` for logits that are not
+    finite.
     """
     logits, multiples = logits.detach().cpu(), width_rules(budget, target, multiples)
     if not is_finite(logits):
         raise NotReached("the logits of the decisions hold NaN or infinity: start again with a lower decisions.lr")
-    mask = exact_mask(logits, target, budget)
+    if empty is None:
+        empty = torch.zeros(len(budget.space.structures), dtype=torch.bool)
+    mask = exact_mask(logits.masked_fill(empty[budget.space.structure_of], -torch.inf), target, budget)
     counts = []
-    for structure in budget.space.structures:
+    for structure, is_empty in zip(budget.space.structures, empty.tolist(), strict=True):
+        if is_empty or not structure.size:
+            counts.append(0)
+            continue
         step = multiples.get(structure.name, 1)
         fewest = math.ceil(structure.least / step)
         counts.append(min(max(round(int(mask[structure.span].sum()) / step), fewest) * step, structure.size))
@@ -88,7 +97,7 @@ def _blocks(
         step = multiples.get(structure.name, 1)
         # The size of a structure need not be a multiple; its last block is then smaller.
         new = (count - 1) // step * step if shrink else min(count + step, structure.size)
-        if new < structure.least or new == count:
+        if new < structure.least or new == count or not count:
             continue
         block = order.values[min(new, count) : max(new, count)].mean()
         blocks.append((float(block if shrink else -block), index, new))

@@ -17,18 +17,20 @@ from atp.decide.budget import Budget
 _CLOSE = 1e-5  # of the decoder: the search ends this close to the target
 
 
-def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> float:
+def nearest_share(budget: Budget, target: float, multiples: dict[str, int], *, blocks: bool = False) -> float:
     """The share of decoder parameters nearest to the target that `fit_mask`'s counts can keep, in (0, 1].
 
-    multiples: as in `fit_mask`. Exact where a decision saves the same whatever else is kept, a layer has two or three
-    structures and all layers are equal; elsewhere the nearest share that filling structure after structure reaches.
+    multiples: as in `fit_mask`. blocks: whether whole blocks may go. Exact where none may, a decision saves the same
+    whatever else is kept, a layer has two or three structures and all layers are equal; elsewhere the nearest share
+    that filling structure after structure reaches.
     Stops early at a share within 1e-5 of the target.
     """
-    if budget.separable and budget.space.equal_layers and len(budget.space.layer(0)) in (2, 3):
+    additive = budget.separable and not blocks
+    if additive and budget.space.equal_layers and len(budget.space.layer(0)) in (2, 3):
         return target + _nearest_sum(budget, target, multiples) / budget.total
     best = math.inf
     for order in itertools.permutations(structure.name for structure in budget.space.layer(0)):
-        best = min(best, _nearest_filling(budget, target, multiples, order), key=abs)
+        best = min(best, _nearest_filling(budget, target, multiples, order, blocks), key=abs)
         if abs(best) < _CLOSE * budget.total:
             break
     return target + best / budget.total
@@ -59,7 +61,9 @@ def _nearest_sum(budget: Budget, target: float, multiples: dict[str, int]) -> fl
     return float(best)
 
 
-def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], order: tuple[str, ...]) -> float:
+def _nearest_filling(
+    budget: Budget, target: float, multiples: dict[str, int], order: tuple[str, ...], blocks: bool
+) -> float:
     """Parameters kept minus those of the target when structures are filled in this order.
 
     Each structure gets, over all layers, as many blocks as the target allows; at the end one more block is added where
@@ -67,8 +71,10 @@ def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], o
     """
     space = budget.space
     sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
-    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64).minimum(sizes)
-    least = torch.tensor([structure.least for structure in space.structures], dtype=torch.float64)
+    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64)
+    steps = steps.minimum(sizes).clamp_min(1)  # there is nothing of a block that a layer lacks
+    fewest = (0 if blocks and structure.block is not None else structure.least for structure in space.structures)
+    least = torch.tensor(list(fewest), dtype=torch.float64)
     counts = torch.minimum((least / steps).ceil() * steps, sizes)
 
     def missed(counts: Tensor) -> float:
@@ -81,8 +87,8 @@ def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], o
 
     for name in order:
         own = torch.tensor([i for i, structure in enumerate(space.structures) if structure.name == name])
-        blocks = len(own) * (math.ceil(float((sizes[own] / steps[own]).max())) - 1)
-        counts = most_below(functools.partial(_filled, counts, own, steps, sizes), blocks)
+        more = len(own) * (math.ceil(float((sizes[own] / steps[own]).max())) - (0 if blocks else 1))
+        counts = most_below(functools.partial(_filled, counts, own, steps, sizes), more)
     one_more = (torch.minimum(counts + steps * place, sizes) for place in torch.eye(len(counts)))
     return min(map(missed, (counts, *one_more)), key=abs)
 

@@ -26,8 +26,9 @@ def fisher_saliency(
     *,
     at: Tensor | None = None,
     among: int | None = None,
+    blocks: bool = False,
 ) -> Tensor:
-    """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
+    """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size]; with blocks of all `squares`.
 
     at: a hard mask, bool [space.size], at whose values of s the gradient is taken in place of 1; what it removes has 0.
     among: all processes call this, and `batches` are those of this one's `processes.shares` of so many. Default: they
@@ -36,12 +37,12 @@ def fisher_saliency(
     of samples, larger ones that of batch means. Raises `NotReached` for a batch with a non-finite gradient, because one
     such batch would make every score NaN.
     """
-    total, count = torch.zeros(space.size), 0
+    total, count = torch.zeros(space.size + blocks * len(space.structures)), 0
     counted = None if among is None else len(range(processes.rank(), among, processes.count()))
     for batch in batches:
         mask = (torch.ones(space.size) if at is None else at.float()).requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(batch, mask), mask)
-        square = gradient.square() if at is None else gradient.square() * at
+        square = squares(gradient if at is None else gradient * at, space, blocks=blocks)
         count += 1
         if not is_finite(square):
             raise NotReached(
@@ -53,6 +54,18 @@ def fisher_saliency(
     if among is None:
         return total / max(count, 1)
     return processes.sum_(total) / among
+
+
+def squares(gradients: Tensor, space: MaskSpace, *, blocks: bool) -> Tensor:
+    """Squared mask gradients [..., size of the space]; with blocks [..., size + structures].
+
+    What is added for a structure is the square of the sum of its gradients, which is that of one mask value on all of
+    its decisions: removing them together costs other than the sum of what each costs alone.
+    """
+    if not blocks:
+        return gradients.square()
+    parts = gradients.split([structure.size for structure in space.structures], -1)
+    return torch.cat([gradients, torch.stack([part.sum(-1) for part in parts], -1)], -1).square()
 
 
 def saliency_logits(saliency: Tensor, budget: Budget, config: DecisionsConfig) -> Tensor:

@@ -31,15 +31,17 @@ def soft_mask(logits: Tensor, offset: Tensor | float, temperature: float, noise:
 def keep_one(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
     """The bool mask [size] with the largest logits of every structure kept, as many as it keeps at least.
 
-    One for most structures, so that none becomes empty. Of equal logits the first are kept.
+    One for most structures, so that none becomes empty. Of equal logits the first are kept. Where all logits of a
+    structure are minus infinity, none of it is kept.
     """
     if any(structure.least > 1 for structure in space.structures):
         return _keep_least(mask, logits, space)
     owner, last = space.structure_of.to(logits.device), space.size - 1
     largest = logits.new_full((len(space.structures),), -torch.inf).scatter_reduce(0, owner, logits, "amax")
-    places = torch.where(logits == largest[owner], torch.arange(space.size, device=logits.device), last)
+    place = torch.arange(space.size, device=logits.device)
+    places = torch.where(logits == largest[owner], place, last)
     first = places.new_full(largest.shape, last).scatter_reduce(0, owner, places, "amin")
-    return mask.index_fill(0, first, True)
+    return mask | (place == first[owner]) & (largest[owner] > -torch.inf)
 
 
 def _keep_least(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,25 @@ def _usage(stock: bool) -> str:
     return _OWN + _LOADING.format(registers=_REGISTERS) + _TOOLS + _LICENCES
 
 
-def model_card(config: ATPConfig, params_before: int, params_after: int, *, stock: bool = False) -> str:
+def model_card(
+    config: ATPConfig, params_before: int, params_after: int, *, stock: bool = False,
+    gone: Mapping[str, list[int]] | None = None,
+) -> str:  # fmt: skip
     """README.md of model/: where it comes from, what was removed, how to load it.
 
-    Counts are of all parameters. stock: whether the model's class comes with transformers.
+    Counts are of all parameters. stock: whether the model's class comes with transformers. gone: the layers that lack
+    attention or MLP, by these names.
     """
+    lacking = "".join(
+        f"* Without {name}: layers {', '.join(map(str, layers))}.\n" for name, layers in (gone or {}).items()
+    )
     body = f"""# A smaller model, tuned and pruned in one run
 
 Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_origin(config)}.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
-* Data recipe: {code(config.data.recipe)}.
+{lacking}* Data recipe: {code(config.data.recipe)}.
 {_beside_lora(config)}{_held(config)}
 {_usage(stock)}"""
     return _card(config, body, tags=["atp", *_TAGS])

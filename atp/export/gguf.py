@@ -1,15 +1,19 @@
 """A model as one GGUF file, as llama.cpp reads it.
 
 A model whose layers have equal widths takes the architecture of its family; others take `deci`, the one architecture of
-llama.cpp with heads and MLP width per layer. Weights are written as they are but for two things that architectures ask
-for: the order of the rows that RoPE rotates, and multipliers that only Granite's architecture knows.
+llama.cpp with heads and MLP width per layer, and with layers that lack attention. A layer without both of its blocks is
+left out. A block of zeros stands for an MLP that is missing alone, since llama.cpp skips all of such a layer, and for
+attention in the first layer, from which it reads the width of heads. Weights are written as they are but for two things
+that architectures ask for: the order of the rows that RoPE rotates, and multipliers that only Granite's architecture
+knows.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
-from atp.families import BLOCKS, ExpertFamily, declared, family_of, layer_config
+from atp.families import BLOCKS, SKIPPED, ExpertFamily, declared, family_of, layer_config
 from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
@@ -43,6 +47,8 @@ DTYPES = {
 Under q4_1 embeddings and head are q8_0: every token reads them, and rounding them costs more than other matrices.
 """
 _WIDER = {GGMLQuantizationType.Q4_1: GGMLQuantizationType.Q8_0}  # of embeddings and head
+_ZERO_CHANNELS = 32  # of an MLP of zeros: a block of the types that are quantized
+_LAYER = re.compile(r"^model\.layers\.\d+\.")
 _LARGEST_F16 = torch.finfo(torch.float16).max
 
 
@@ -87,8 +93,10 @@ class Architecture:
     def lacks(self, config: CutConfig) -> Iterator[str]:
         """What the model needs and this architecture does not hold."""
         family, shapes = family_of(config), _shapes(config)
-        rotated = [config.uses_rope(layer) for layer in range(config.num_hidden_layers)]
-        if not self.per_layer and any(shape != shapes[0] for shape in shapes):
+        rotated = [config.uses_rope(layer) for layer in _layers(config)]
+        if not self.per_layer and any(shape.skip for shape in shapes):
+            yield "layers without attention or MLP"
+        elif not self.per_layer and any(shape != shapes[0] for shape in shapes):
             yield "widths per layer"
         elif not self.any_heads and shapes[0].num_attention_heads * config.head_dim != config.hidden_size:
             yield "heads that are not as wide as hidden_size"
@@ -120,9 +128,8 @@ class Architecture:
             yield f"RoPE scaling of type {cast(dict[str, Any], _with_one_rope(config).rope_parameters)['rope_type']}"
 
     def _lacks_of_gemma(self, config: CutConfig) -> Iterator[str]:
-        layers = range(config.num_hidden_layers)
-        full = [config.window(layer) is None for layer in layers]
-        if full != [(layer + 1) % self.full_every == 0 for layer in layers]:
+        full = [config.window(layer) is None for layer in _layers(config)]
+        if full != [(layer + 1) % self.full_every == 0 for layer in range(len(full))]:
             yield "full attention in just these layers"
         if config.attention_bias:
             yield "biases of q, k and v"
@@ -286,8 +293,41 @@ class _Weight:
         self.tensor.copy_(found / self.factor - self.offset)
 
 
+def _layers(config: CutConfig) -> list[int]:
+    """The layers that the file holds, in its order: those with a block."""
+    every = range(config.num_hidden_layers)
+    return [layer for layer in every if not {*SKIPPED.values()} <= {*config.layer_shape(layer).skip}]
+
+
 def _shapes(config: CutConfig) -> list[LayerShape]:
-    return [config.layer_shape(layer) for layer in range(config.num_hidden_layers)]
+    return [config.layer_shape(layer) for layer in _layers(config)]
+
+
+def _held_shapes(config: CutConfig) -> list[LayerShape]:
+    """The widths in the file, those of blocks of zeros included."""
+    shapes: list[LayerShape] = []
+    for shape in _shapes(config):
+        heads, kv_heads = shape.heads if shapes or "attention" not in shape.skip else (1, 1)
+        inner = _ZERO_CHANNELS if "mlp" in shape.skip else shape.intermediate_size
+        held = replace(shape, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner)
+        shapes.append(held)
+    return shapes
+
+
+def _zeros(config: CutConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights of blocks of zeros, by the names that they would have in a model of as many layers as the file."""
+    hidden = config.hidden_size
+    for place, shape in enumerate(_held_shapes(config)):
+        for block, name in SKIPPED.items():
+            if name not in shape.skip or (name == "attention" and not shape.num_attention_heads):
+                continue
+            (norm,) = (own.before for own in BLOCKS if own.module == block)
+            yield f"model.layers.{place}.{norm}.weight", torch.ones(hidden)
+            for linear, sides in (
+                replace(shape, skip=()).linears(config.head_dim, hidden, family_of(config).mlp).items()
+            ):
+                if linear.startswith(f"{block}."):
+                    yield f"model.layers.{place}.{linear}.weight", torch.zeros(sides)
 
 
 def _rope(config: CutConfig, architecture: Architecture) -> Rope:
@@ -308,7 +348,7 @@ def _with_one_rope(config: CutConfig) -> CutConfig:
 def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
     """What no architecture holds, each with a remedy."""
     heads = config.head_dim
-    for layer, shape in enumerate(_shapes(config)):
+    for layer, shape in zip(_layers(config), _shapes(config), strict=True):
         for what, width in (("queries and keys", shape.qk_head_dim(heads)), ("values", shape.v_head_dim)):
             if width != heads:
                 yield (
@@ -321,8 +361,6 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
                 f"the blocks of its layer {layer} read or write a part of the hidden state, which llama.cpp cannot",
                 "cut in space kv_group",
             )
-        if shape.skip:
-            yield f"its layer {layer} has no {' and no '.join(shape.skip)}", "use its folder with transformers"
     if config.shortcuts:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     family = family_of(config)
@@ -336,7 +374,7 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
 
 def _window(config: CutConfig) -> int | None:
     """The smallest sliding window of any layer."""
-    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
+    windows = (config.window(layer) for layer in _layers(config))
     return min((window for window in windows if window is not None), default=None)
 
 
@@ -357,7 +395,7 @@ def _add_facts(writer: GGUFWriter, facts: dict[str, Any]) -> None:
 
 def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture) -> None:
     """The keys from which llama.cpp builds the model."""
-    shapes = _shapes(config)
+    shapes = _held_shapes(config)
     heads = [shape.num_attention_heads for shape in shapes]
     kv_heads = [shape.num_key_value_heads for shape in shapes]
     inner = [shape.intermediate_size for shape in shapes]
@@ -372,7 +410,7 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
         writer.add_expert_used_count(routed.taken)
         if family.inner != "intermediate_size":
             writer.add_expert_feed_forward_length(routed.inner)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(len(shapes))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     length, window = config.max_position_embeddings, _window(config)
@@ -402,7 +440,8 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
 
 def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architecture) -> Iterator[tuple[str, _Weight]]:
     """The tensors of the file by their names in it."""
-    names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
+    layers = _layers(config)
+    names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], len(layers))
     folded = {} if architecture.multipliers else _multipliers(config)
     if architecture.full_every:
         folded = {"q_norm" if architecture.qk_norm else "q_proj": _gemma_scale(config, architecture)}
@@ -411,7 +450,11 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     rope = _rope(config, architecture)
     yield from ((name, _Weight(factors)) for name, factors in rope.factors.items())
     router = family.router if isinstance(family, ExpertFamily) else None
-    for name, tensor in (joined(model.state_dict(), family) if architecture.glm else model.state_dict()).items():
+    shapes = _held_shapes(config)
+    places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
+    stored = joined(model.state_dict(), family) if architecture.glm else model.state_dict()
+    own = ((_LAYER.sub(lambda found: places[found[0]], name), each) for name, each in stored.items())
+    for name, tensor in (*own, *_zeros(config)):
         module = name.rsplit(".", 2)[-2]
         if module == "experts":
             yield from ((f"{names.get_name(part)}.weight", _Weight(own)) for part, own in _parts(name, tensor))
@@ -420,7 +463,7 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
             continue  # llama.cpp takes the embeddings where there is no output.weight
         heads = 0
         if architecture.neighbours and not family.neighbours and module in ("q_proj", "k_proj"):
-            shape = config.layer_shape(int(name.split(".")[2]))
+            shape = shapes[int(name.split(".")[2])]
             heads = shape.num_attention_heads if module == "q_proj" else shape.num_key_value_heads
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -460,7 +503,7 @@ def _multipliers(config: CutConfig) -> dict[str, float]:
 
 def _gemma_scale(config: CutConfig, architecture: Architecture) -> float:
     """The scale of scores as a multiple of what llama.cpp takes, which for the largest model goes by the heads."""
-    largest = config.num_hidden_layers == architecture.largest
+    largest = len(_layers(config)) == architecture.largest
     width = config.hidden_size // _shapes(config)[0].num_attention_heads if largest else config.head_dim
     scalar: float = declared(config, "query_pre_attn_scalar", width)
     return (width / scalar) ** 0.5

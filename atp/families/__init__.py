@@ -3,6 +3,7 @@
 from atp.families.experts import EXPERTS, ExpertFamily, Routed
 from atp.families.family import (
     BLOCKS,
+    SKIPPED,
     Block,
     Family,
     Linear,
@@ -12,6 +13,7 @@ from atp.families.family import (
     declared,
     family_name,
     is_cut,
+    lacks,
     layer_config,
 )
 from atp.families.table import FAMILIES, family_of
@@ -20,6 +22,7 @@ __all__ = [
     "BLOCKS",
     "EXPERTS",
     "FAMILIES",
+    "SKIPPED",
     "Block",
     "ExpertFamily",
     "Family",
@@ -32,5 +35,6 @@ __all__ = [
     "family_name",
     "family_of",
     "is_cut",
+    "lacks",
     "layer_config",
 ]

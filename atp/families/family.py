@@ -50,10 +50,18 @@ class Block(NamedTuple):
     before: str | None
     after: str | None = None
 
+    def holds(self, name: str) -> bool:
+        """Whether a module or parameter of the layer, by its name in it, is gone where the layer lacks this block."""
+        own = (self.module, self.before, self.after)
+        return any(part is not None and (name == part or name.startswith(f"{part}.")) for part in own)
+
 
 BLOCKS = (Block("self_attn", "input_layernorm"), Block("mlp", "post_attention_layernorm"))
 """The blocks of Llama and of most families, whose outputs no norm reads."""
 
+
+SKIPPED = {"self_attn": "attention", "mlp": "mlp"}
+"""By its module, what a layer's `skip` calls a block that it lacks."""
 
 _CUT = "atp_"  # what `model_type` of a cut model has before that of its family
 
@@ -76,6 +84,15 @@ def is_cut(config: PretrainedConfig) -> bool:
 def layer_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
     """The config of one decoder layer: that of the model, with the layer's own widths where layers differ."""
     return config.per_layer_config[layer] if is_cut(config) else config
+
+
+def _block(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def lacks(config: Any, block: str) -> bool:
+    """Whether a layer has no such block (`self_attn`, `mlp`); config: that of the layer (`layer_config`)."""
+    return SKIPPED[block] in getattr(config, "skip", ())
 
 
 def declared(config: Any, key: str, default: Any) -> Any:
@@ -183,12 +200,13 @@ class Family:
     def linears(self, config: PretrainedConfig) -> dict[str, Linear]:
         """The prunable linears of a decoder layer by their names in it, e.g. `self_attn.q_proj`.
 
-        config: where layers differ in width, that of one of them (`layer_config`).
+        config: where layers differ in width, that of one of them (`layer_config`). Those of a block that it lacks are
+        empty, and no model has them.
         """
         hidden, inner, biases = config.hidden_size, config.intermediate_size, self.biases(config)
         queries = config.num_attention_heads * self.head_dim(config)
         keys = config.num_key_value_heads * self.head_dim(config)
-        return {
+        linears = {
             "self_attn.q_proj": Linear(queries, hidden, biases.qkv),
             "self_attn.k_proj": Linear(keys, hidden, biases.qkv),
             "self_attn.v_proj": Linear(keys, hidden, biases.qkv),
@@ -196,9 +214,10 @@ class Family:
             **{name: Linear(inner, hidden, biases.mlp) for name in self.mlp[:-1]},
             self.mlp[-1]: Linear(hidden, inner, biases.mlp),
         }
+        return {name: Linear(0, 0, False) if lacks(config, _block(name)) else own for name, own in linears.items()}
 
     def norms(self, config: PretrainedConfig) -> dict[str, int]:
-        """The norms of a decoder layer by their names in it, with their widths."""
+        """The norms of a decoder layer by their names in it, with their widths; config: as for `linears`."""
         around = (name for block in self.blocks for name in (block.before, block.after) if name is not None)
         norms = dict.fromkeys(around, config.hidden_size)
         if self.qk_norm:
@@ -206,11 +225,14 @@ class Family:
             heads = (config.num_attention_heads, config.num_key_value_heads) if self.norms_all_heads else (1, 1)
             for name, count in zip(self.qk_norms, heads, strict=True):
                 norms[f"self_attn.{name}"] = self.head_dim(config) * count
-        return norms
+        gone = [block for block in self.blocks if lacks(config, block.module)]
+        return {name: width for name, width in norms.items() if not any(block.holds(name) for block in gone)}
 
-    def norm_params(self, config: PretrainedConfig) -> int:
-        """Parameters of a decoder layer that no space removes: those of its norms, and of its activation."""
-        return sum(self.norms(config).values()) * (2 if self.layer_norm else 1) + self.scalars(config)
+    def norm_params(self, config: PretrainedConfig) -> dict[str, int]:
+        """Parameters of a decoder layer outside its linears by module: of its norms, and of an activation with some."""
+        found = {name: width * (2 if self.layer_norm else 1) for name, width in self.norms(config).items()}
+        learned = 0 if lacks(config, "mlp") else self.scalars(config)
+        return found | ({"mlp.act_fn": learned} if learned else {})
 
     def activation(self, config: PretrainedConfig) -> str | None:
         """The MLP's activation by its name in `atp_kernels`; None where that has no such activation."""

@@ -78,7 +78,7 @@ def nearest_kept(config: ATPConfig, shapes: PretrainedConfig) -> float:
     budget, rules = _rules(config, shapes)
     target = config.decisions.target_keep
     if not config.decisions.uniform:
-        return nearest_share(budget, target, rules)
+        return nearest_share(budget, target, rules, blocks=config.decisions.blocks)
     return min((share_of(budget, counts) for counts in equal_counts(budget, target, rules)),
                key=lambda share: abs(share - target))  # fmt: skip
 
@@ -97,7 +97,7 @@ def _rules(config: ATPConfig, shapes: PretrainedConfig) -> tuple[Budget, dict[st
     if decisions.uniform:
         require_equal_layers(space)
     budget = Budget(space)
-    return budget, width_rules(budget, decisions.target_keep, decisions.multiples)
+    return budget, width_rules(budget, decisions.target_keep, decisions.multiples, blocks=decisions.blocks)
 
 
 def check_phases(config: ATPConfig) -> None:

@@ -41,7 +41,8 @@ class MaskController:
                 layer, local = name.split(".layers.")[-1].split(".", 1)
                 self._routers[int(layer), local] = module
         self._layers: dict[_Linear, MaskedPeftLinear | MaskedRouter] = {**self._linears, **self._routers}
-        missing = space.num_layers * len(space.adapted) - len(self._linears)
+        expected = sum(linear.lora for layer in range(space.num_layers) for linear in space.present(layer).values())
+        missing = expected - len(self._linears)
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedPeftLinear: wrap with add_lora")
         self._space = space.to(self._device)
@@ -76,8 +77,12 @@ class MaskController:
             for name, router in self._routers.items():
                 router.set_masks(self._sides[name][0].mask, None)
             return
+        # A mask that is on a GPU comes from a search, which empties no block; asking would halt the host.
+        closed = self.space.closed(mask.detach() > 0) if mask.device.type == "cpu" else set()
         for layer, module, out_mask, in_mask in self._space.module_masks(mask.to(self._device), soft=form == "soft"):
             if (carrier := self._layers.get((layer, module))) is not None:  # experts go by their router
+                if (layer, module) in closed:
+                    out_mask = self._nothing(layer, module, mask.dtype).to(self._device)
                 carrier.set_masks(out_mask, in_mask, mask_lora=form != "base")
 
     @contextmanager
@@ -94,6 +99,10 @@ class MaskController:
         finally:
             self.clear()
 
+    def _nothing(self, layer: int, module: str, dtype: torch.dtype = torch.bool) -> Tensor:
+        """A mask of the outputs of a linear, on the host, that keeps none of them, its bias included."""
+        return torch.zeros(self.space.linears[layer][module].out_features, dtype=dtype)
+
     @property
     def _device(self) -> torch.device:
         base: Any = next(iter(self._linears.values())).get_base_layer()
@@ -104,11 +113,12 @@ class MaskController:
         changed = [
             (structure, placed)
             for structure, placed in zip(self.space.structures, self._space.structures, strict=True)
-            if self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span])
+            if structure.size
+            and (self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span]))
         ]
         if not changed:
             return
-        moved = upload(mask, self._device)
+        moved, closed = upload(mask, self._device), self.space.closed(mask)
         for structure, placed in changed:
             # By the mask that several sides share. Counting on the device would halt the host, so the host counts.
             origins: dict[int, Tensor | KeptFirst] = {}
@@ -121,6 +131,11 @@ class MaskController:
                         order = before if self.keeps_memory and isinstance(before, KeptFirst) else None
                         origins[id(side)] = KeptFirst(on_host, device=self._device, reuse=order)
                 sides[cut.axis] = _Side(side, origins[id(side)])
+                if structure.block is not None and cut.module == structure.reader:
+                    none = self._nothing(structure.layer, cut.module)
+                    sides[0] = (
+                        _Side(upload(none, self._device), none) if (structure.layer, cut.module) in closed else _Side()
+                    )
         for name in dict.fromkeys((structure.layer, cut.module) for structure, _ in changed for cut in structure.cuts):
             if name not in self._linears:
                 continue

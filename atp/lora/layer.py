@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.config import LoraVariant
-from atp.families import BLOCKS, ExpertFamily, family_of
+from atp.families import BLOCKS, ExpertFamily, family_of, layer_config
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
@@ -289,7 +289,7 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     """
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
-    for layer in base.get_decoder().layers:
+    for index, layer in enumerate(base.get_decoder().layers):
         if not family.own_attention:
             fuse_attention(layer.self_attn)
         for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
@@ -298,7 +298,7 @@ def fuse_layers(model: PeftModel) -> PeftModel:
             mask_experts(layer, family)
         elif len(family.mlp) == 3 and runs_stock_forward(layer.mlp) and _are_masked(layer.mlp):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
-        for name in family.norms(base.config):
+        for name in family.norms(layer_config(base.config, index)):
             norm = layer.get_submodule(name)
             if not runs_stock_forward(norm) or family.unit_offset or not hasattr(norm, "variance_epsilon"):
                 continue
@@ -329,7 +329,7 @@ def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
         mlp = modules["mlp"]
         if isinstance(family, ExpertFamily):
             unmask_experts(layer, family)
-        elif len(family.mlp) == 3:  # PEFT gives back the linears, but not the modules around them
+        elif isinstance(layer.mlp, MaskedMLP):  # PEFT gives back the linears, but not the modules around them
             mlp.gate_proj, mlp.up_proj, mlp.down_proj = _parts(layer.mlp)
         for name, module in modules.items():
             layer.set_submodule(name, module)
@@ -338,8 +338,9 @@ def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
 
 def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
     """For each decoder layer of a plain causal LM the modules, by name, that `fuse_layers` replaces."""
-    names = ("mlp", *family_of(model.config).norms(model.config))
-    return [{name: layer.get_submodule(name) for name in names} for layer in model.get_decoder().layers]
+    family, layers = family_of(model.config), model.get_decoder().layers
+    norms = (family.norms(layer_config(model.config, index)) for index in range(len(layers)))
+    return [{n: layer.get_submodule(n) for n in ("mlp", *own)} for layer, own in zip(layers, norms, strict=True)]
 
 
 def lora_config(

@@ -58,7 +58,7 @@ class MaskObserver:
         for structure in space.structures:
             sides: dict[int, list[_Observed]] = {}
             for cut in structure.cuts:
-                if cut.soft:
+                if cut.soft and structure.size:
                     found.setdefault(id(cut.owner), _Place(cut.owner))
                     sides.setdefault(id(cut.owner), []).append((layers[structure.layer, cut.module], cut.axis))
             for owner, observed in sides.items():

@@ -52,8 +52,8 @@ def check_base(load_in: str, space: MaskSpace) -> None:
     block = FORMS[load_in].block
     if len(space.adapted) < len(space.modules):
         raise InputError(f"model.load_in={load_in} takes linears, and experts are none: leave it out")
-    for layer, linears in enumerate(space.linears):
-        for name, linear in linears.items():
+    for layer in range(space.num_layers):
+        for name, linear in space.present(layer).items():
             if block is not None and linear.in_features % block:
                 raise InputError(
                     f"model.load_in={load_in} takes linears of a multiple of {block} inputs, but layers.{layer}.{name} "
@@ -68,7 +68,7 @@ def quantize_base(model: PreTrainedModel, load_in: str, space: MaskSpace) -> Non
     model: a plain causal LM in memory, with the shapes of the space. Its floating weights are let go one by one.
     """
     layers: Any = model.get_decoder().layers
-    for layer, linears in zip(layers, space.linears, strict=True):
-        for name in linears:
+    for index, layer in enumerate(layers):
+        for name in space.present(index):
             linear = layer.get_submodule(name)
             linear.weight = nn.Parameter(FORMS[load_in].make(linear.weight), requires_grad=False)

@@ -15,14 +15,14 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from atp.families import FAMILIES, cut_type, declared, family_of
+from atp.families import FAMILIES, SKIPPED, cut_type, declared, family_of
 from atp.ground.errors import shorten
 from atp.models.earlier import from_earlier
 
 _FACTORS = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
 _LARGEST_FACTOR = 1_000_000  # beyond every model there is
 SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
-BLOCKS = ("attention", "mlp")
+BLOCKS = tuple(SKIPPED.values())
 """What a layer's `skip` can name."""
 
 
@@ -62,6 +62,12 @@ class LayerShape:
         """Whether heads have the width of the model before any cut."""
         return self.qk_pairs is None and self.v_head_dim == head_dim
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key-value heads, none where the layer lacks attention."""
+        lacks = SKIPPED["self_attn"] in self.skip
+        return (0, 0) if lacks else (self.num_attention_heads, self.num_key_value_heads)
+
     def linears(self, head_dim: int, hidden_size: int, mlp: tuple[str, ...]) -> dict[str, tuple[int, int]]:
         """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none.
 
@@ -75,10 +81,11 @@ class LayerShape:
             "self_attn.v_proj": (keys * self.v_head_dim, read),
             "self_attn.o_proj": (written, queries * self.v_head_dim),
         }
-        if self.num_experts is not None:
-            return attention
-        producers = {name: (self.intermediate_size, mlp_read) for name in mlp[:-1]}
-        return attention | producers | {mlp[-1]: (mlp_written, self.intermediate_size)}
+        linears = attention
+        if self.num_experts is None:
+            linears |= {name: (self.intermediate_size, mlp_read) for name in mlp[:-1]}
+            linears[mlp[-1]] = (mlp_written, self.intermediate_size)
+        return {name: sides for name, sides in linears.items() if SKIPPED[name.partition(".")[0]] not in self.skip}
 
 
 _WIDTHS = [field.name for field in fields(LayerShape) if field.name != "skip"]
@@ -166,16 +173,29 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         if self.shortcuts or self.per_layer_attributes:
             return False
         shapes = [self.layer_shape(layer) for layer in range(self.num_hidden_layers)]
-        return all(_beyond_whole_heads(shape, self.head_dim) is None for shape in shapes)
+        return self.lacking() is None and all(_beyond_whole_heads(shape, self.head_dim) is None for shape in shapes)
 
     def beyond_whole_heads(self) -> str | None:
-        """What a cut took beside whole heads and MLP channels, as a clause; None where the model can be cut again."""
+        """What a cut took beside whole heads, MLP channels and blocks, as a clause; None where it can be cut again."""
         if self.shortcuts:
             return "its residual stream is sliced (SliceGPT)"
         for layer in range(self.num_hidden_layers):
             if (beyond := _beyond_whole_heads(self.layer_shape(layer), self.head_dim)) is not None:
                 return beyond.format(layer=layer)
         return None
+
+    def lacking(self) -> str | None:
+        """What the first layer without one of its blocks lacks, as a clause; None where all layers have both."""
+        for layer in range(self.num_hidden_layers):
+            if skip := self.layer_shape(layer).skip:
+                return f"layer {layer} has no {' and no '.join(skip)}"
+        return None
+
+    def gone(self) -> dict[str, list[int]]:
+        """The layers that lack a block, by what `skip` calls it; without those that all layers have."""
+        skips = [self.layer_shape(layer).skip for layer in range(self.num_hidden_layers)]
+        found = {block: [layer for layer, skip in enumerate(skips) if block in skip] for block in BLOCKS}
+        return {block: layers for block, layers in found.items() if layers}
 
     def own_widths(self, layer: int) -> dict[str, Any]:
         """The keys of `LayerShape` in which layers differ, with their values in one layer."""
@@ -259,7 +279,7 @@ def _beyond_whole_heads(shape: LayerShape, head_dim: int) -> str | None:
         return f"the heads of layer {{layer}} are narrower than head_dim {head_dim} (space head_dim)"
     if any(getattr(shape, key) is not None for key in SELECTIONS):
         return "layer {layer} reads or writes a part of the hidden state (space disp)"
-    return f"layer {{layer}} has no {' and no '.join(shape.skip)}" if shape.skip else None
+    return None
 
 
 @cache

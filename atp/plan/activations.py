@@ -79,9 +79,10 @@ def kept_by_full(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
     """
     linears = widths.linears
     readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    readers += list(_PRODUCERS) if widths.experts is None else []
+    producers = family_of(shapes.config).mlp[:-1]
+    readers += producers if widths.experts is None else []
     if how.product == _FLOAT:
-        readers = [name for name in readers if name in ("self_attn.q_proj", "mlp.gate_proj")]
+        readers = [name for name in readers if name in ("self_attn.q_proj", producers[0])]
     reads = sum(linears[name].in_features for name in readers)
     channels = _mlp(widths) + (2 * widths.inner if widths.experts is None else 0)
     stream = 2 * _read_by_norms(shapes, widths, how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -74,10 +74,12 @@ def _nf4(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 
 
 def _cut(config: ATPConfig, shapes: PretrainedConfig) -> CutConfig:
-    """A config of the form that the cut model's will have: layers of one width, or of two."""
+    """A config of the form that the cut model's will have: layers of one width, or of two, or one without attention."""
     first = layer_config(shapes, 0)
     key = "num_experts" if isinstance(family_of(shapes), ExpertFamily) else "intermediate_size"
-    narrower = {0: {key: getattr(first, key) - 1}}
+    narrower: dict[int, Any] = {0: {key: getattr(first, key) - 1}}
+    if config.decisions.blocks:
+        narrower |= {shapes.num_hidden_layers - 1: {"skip": ["attention"]}}
     return CutConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
 
 

@@ -221,6 +221,12 @@ def _remarks(job: Workload, data: dict[str, Any]) -> list[str]:
         f"Widths are those of a cut that is the same in all layers{_of_unequal(shapes)}. A run chooses them layer by "
         f"layer and keeps the target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
     ]
+    if config.decisions.blocks:
+        left_out = any(s.size and not shapes.counts[s.name][s.layer] for s in shapes.space.structures)
+        remarks.append(
+            "Which whole blocks go is not known before a run: the plan "
+            + ("leaves out the last layers, as many as the target needs." if left_out else "leaves out none.")
+        )
     if abs(shapes.share - config.decisions.target_keep) > BUDGET_TOLERANCE:
         remarks.append(
             f"Equal widths keep {shapes.share:.1%} of the decoder, the nearest to {config.decisions.target_keep:.1%}."

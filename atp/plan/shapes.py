@@ -111,14 +111,19 @@ class ModelShapes:
         """
         space = MaskSpace.from_config(config, decisions.space)
         budget = Budget(space)
-        multiples = width_rules(budget, decisions.target_keep, decisions.multiples, device)
-        counts = equal_counts(budget, decisions.target_keep, multiples)
+        target, blocks = decisions.target_keep, decisions.blocks
+        multiples = width_rules(budget, target, decisions.multiples, device, blocks=blocks)
+        counts = equal_counts(budget, target, multiples, blocks=blocks)
         mask = mask_of(space, counts)
         cut = cut_config(config, space, mask)
         kept: list[dict[str, Linear]] = [{} for _ in space.linears]
+        gone = space.gone(mask)
         for layer, name, rows, columns in space.module_masks(mask):
             linear = space.linears[layer][name]
             if not linear.lora:
+                continue
+            if any(block.holds(name) for block in gone[layer]):
+                kept[layer][name] = Linear(0, 0, False)
                 continue
             kept[layer][name] = Linear(
                 linear.out_features if rows is None else int(rows.sum()),
@@ -135,16 +140,21 @@ class ModelShapes:
         return self.space.num_layers
 
 
-def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> dict[str, list[int]]:
+def equal_counts(
+    budget: Budget, target: float, multiples: dict[str, int], *, blocks: bool = False
+) -> dict[str, list[int]]:
     """By structure, the decisions that each layer keeps, so that the decoder's share is close to the target.
 
     All structures but one get the count nearest to the share that whole numbers are not asked for. The one that the
     space marks as the remainder then gets the count that brings the whole decoder nearest to the target. Counts are
     multiples of `multiples` (default 1), or the whole structure, and at least one block. Layers of equal size keep
-    equal counts, others the same share.
+    equal counts, others the same share. blocks: whether the last layers may keep nothing, where the target is out of
+    reach otherwise; which blocks a run removes is not known before it.
     """
     sizes = {name: [s.size for s in layers] for name, layers in budget.space.by_name().items()}
     least = {name: layers[0].least for name, layers in budget.space.by_name().items()}
+    if blocks:
+        _leave_out(budget, target, multiples, sizes)
 
     def share(counts: Mapping[str, Sequence[float]]) -> float:
         return float(budget.parameters(_by_structure(budget.space, counts))) / budget.total
@@ -162,16 +172,26 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> di
     (rest,) = (s.name for s in budget.space.layer(0) if s.remainder)
     step = multiples.get(rest, 1)
     most = math.ceil(max(sizes[rest]) / step)
-    blocks = range(math.ceil(least[rest] / step), most + 1)
+    numbers = range(math.ceil(least[rest] / step), most + 1)
 
     def with_blocks(number: int) -> dict[str, list[int]]:
         """The largest layers keep this number of blocks, and smaller ones the same share of theirs."""
         own = ((size, round(number / most * math.ceil(size / step))) for size in sizes[rest])
         return counts | {rest: [min(max(kept, 1) * step, size) for size, kept in own]}
 
-    above = bisect.bisect_right(blocks, target, key=lambda number: share(with_blocks(number)))
-    nearest = {blocks[min(max(index, 0), len(blocks) - 1)] for index in (above - 1, above)}
+    above = bisect.bisect_right(numbers, target, key=lambda number: share(with_blocks(number)))
+    nearest = {numbers[min(max(index, 0), len(numbers) - 1)] for index in (above - 1, above)}
     return with_blocks(min(sorted(nearest), key=lambda number: abs(share(with_blocks(number)) - target)))
+
+
+def _leave_out(budget: Budget, target: float, multiples: dict[str, int], sizes: dict[str, list[int]]) -> None:
+    """Sets the sizes of all structures to 0 in as many layers, from the last on, as must keep nothing."""
+    for layer in reversed(range(1, budget.space.num_layers)):
+        fewest = {name: [min(multiples.get(name, 1), size) for size in layers] for name, layers in sizes.items()}
+        if float(budget.parameters(_by_structure(budget.space, fewest))) <= target * budget.total:
+            return
+        for layers in sizes.values():
+            layers[layer] = 0
 
 
 def mask_of(space: MaskSpace, counts: Mapping[str, Sequence[int]]) -> Tensor:
@@ -191,8 +211,8 @@ def _widths(config: CutConfig, linears: Sequence[dict[str, Linear]]) -> Layers:
     shapes, family = (config.layer_shape(layer) for layer in range(len(linears))), family_of(config)
     return tuple(
         LayerWidths(
-            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.head_dim),
-            shape.v_head_dim, padded=not shape.has_whole_heads(config.head_dim),
+            own, *shape.heads, shape.qk_head_dim(config.head_dim), shape.v_head_dim,
+            padded=not shape.has_whole_heads(config.head_dim),
             experts=family.routed(layer_config(config, layer)) if isinstance(family, ExpertFamily) else None,
         )
         for layer, (own, shape) in enumerate(zip(linears, shapes, strict=True))

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from atp.families import Block
 from atp.lora.layer import fuse_layers
 from atp.models.config import CutConfig
 from atp.models.cut import build, complete
@@ -25,6 +26,7 @@ from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight, compact
 from atp_kernels.quantized import dense
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<name>.+)$")
 _LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")
 # Which axes of a parameter are cut: rows (outputs of the linear) and columns (inputs).
 _PARAMETERS = (
@@ -41,15 +43,16 @@ _Kept = tuple[Tensor | None, Tensor | None]
 
 
 def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> dict[str, Tensor]:
-    """The state dict of the cut model, under the same keys.
+    """The state dict of the cut model, under the same keys, without those of blocks that it lacks.
 
     state: of a causal LM, plain or inside a PEFT model with LoRA; tensors that no decision touches are shared, not
     copied. The state of an optimizer, named `<parameter name>.<state name>`, is cut in the same way.
     mask: bool [space.size], True keeps. Kept rows and columns keep their order, so RoPE pairs stay paired.
-    Raises ValueError for a mask that empties a structure, an unknown parameter of a cut linear, or a wrong size.
+    Raises ValueError for a mask that empties all blocks, or a structure that is none; for an unknown parameter of a cut
+    linear, or a wrong size.
     """
-    kept = _kept_indices(space, mask)
-    return {name: _cut_parameter(name, tensor, space, kept) for name, tensor in state.items()}
+    kept, gone = _kept_indices(space, mask), space.gone(mask)
+    return {name: _cut_parameter(name, tensor, space, kept) for name, tensor in state.items() if not _goes(name, gone)}
 
 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> CutConfig:
@@ -61,10 +64,13 @@ def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> CutC
     layers = {layer: space.layer_widths(layer, mask) for layer in range(space.num_layers)}
     if isinstance(config, CutConfig):
         layers = {layer: config.own_widths(layer) | widths for layer, widths in layers.items()}
+        for layer, widths in layers.items():  # a space may leave out what a layer lacks already
+            if lacks := {*widths.get("skip", ()), *config.layer_shape(layer).skip}:
+                widths["skip"] = sorted(lacks)
     same = {
         key: value
         for key, value in layers[0].items()
-        if all(widths.get(key, ()) == value for widths in layers.values())
+        if key != "skip" and all(widths.get(key, ()) == value for widths in layers.values())
     }
     if not _HEADS <= same.keys():  # one count of query heads need not be a multiple of the model's key heads
         same = {key: value for key, value in same.items() if key not in _HEADS}
@@ -142,12 +148,14 @@ def _check_mask(space: MaskSpace, mask: Tensor) -> None:
         raise ValueError(f"mask must be bool [{space.size}] for this space, not {mask.dtype} {list(mask.shape)}")
     for structure in space.structures:
         kept = int(mask[structure.span].sum())
-        if kept < structure.least:
+        if kept < structure.least and (kept or structure.block is None):
             raise ValueError(
                 f"layer {structure.layer} would keep {kept or 'none'} of its {structure.size} {structure.name} "
                 f"decisions: keep at least {'one' if structure.least == 1 else structure.least}, because "
-                + ("a structure is never removed as a whole" if structure.least == 1 else "each token takes as many")
+                + ("without it there is no block left" if structure.least == 1 else "each token takes as many")
             )
+    if all(len(gone) == len(space.blocks) for gone in space.gone(mask)):
+        raise ValueError("the mask removes every block of every layer: keep at least one")
 
 
 def _kept_indices(space: MaskSpace, mask: Tensor) -> dict[tuple[int, str], tuple[_Kept, tuple[int, int]]]:
@@ -159,6 +167,12 @@ def _kept_indices(space: MaskSpace, mask: Tensor) -> dict[tuple[int, str], tuple
         linear = space.linears[layer][module]
         kept[layer, module] = (rows, columns), (linear.out_features, linear.in_features)
     return kept
+
+
+def _goes(name: str, gone: list[list[Block]]) -> bool:
+    """Whether a parameter, or a state of it, belongs to a block that goes as a whole."""
+    match = _LAYER.search(name)
+    return match is not None and any(block.holds(match["name"]) for block in gone[int(match["layer"])])
 
 
 def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> Tensor:

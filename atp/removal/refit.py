@@ -34,7 +34,7 @@ from atp.processes.finite import is_finite
 from atp.removal.certify import wider
 from atp.removal.widen import ieee_products
 from atp.sharding.shards import gathered, rows_of, store
-from atp.spaces.space import MaskSpace
+from atp.spaces.space import MaskSpace, Structure
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
 
@@ -94,7 +94,8 @@ def refit(
                 run = partial(run_block, layer, block)
                 structure = space.read_by(index, block.module)
                 controller.clear()
-                if structure is None or structure.reader is None or mask[: structure.span.stop].all():
+                # A block that is left out has no inputs to fit; later ones make up for it.
+                if structure is None or structure.reader is None or _as_it_is(structure, mask):
                     _advance(whole, arguments, run)
                     controller.set(mask, "sum")
                     _advance(cut, arguments, run)
@@ -126,6 +127,11 @@ def refit(
                 del pairs  # before the next block makes its own
     controller.clear()
     return changed
+
+
+def _as_it_is(structure: Structure, mask: Tensor) -> bool:
+    """Whether the end of a block stays: where nothing is removed up to it, or nothing is left of it."""
+    return bool(mask[: structure.span.stop].all()) or not mask[structure.span].any()
 
 
 def _advance(states: list[Tensor], given: Iterable[Any], run: Callable[[Tensor, Any], Tensor]) -> None:

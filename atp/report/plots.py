@@ -108,12 +108,17 @@ def lasso(metrics: Records) -> str:
 
 
 def widths(shares: dict[str, list[float]]) -> str:
-    """Kept share by layer, one row of bars per structure; shares: structure name -> one value in [0, 1] per layer."""
+    """Kept share by layer, one row of bars per structure; shares: structure name -> one value in [0, 1] per layer.
+
+    A cross stands where nothing is left.
+    """
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(shares), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, (name, values), color in zip(rows, shares.items(), _SERIES * len(shares), strict=False):
             axes.bar(range(len(values)), [100 * value for value in values], color=color, width=0.8)
+            gone = [layer for layer, value in enumerate(values) if value == 0]
+            axes.plot(gone, [8] * len(gone), linestyle="", marker="x", markersize=4, color=color)
             axes.set_ylim(0, 100)
             axes.set_title(name)
             axes.grid(False, axis="x")

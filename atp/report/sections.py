@@ -100,9 +100,9 @@ def widths(run: RunFiles) -> dict[str, Any]:
     layers = run.decisions.get("layers") or []
     sizes = {name: _by_layer(size, layers) for name, size in (run.decisions.get("sizes") or {}).items()}
     shares = {
-        name: [len(layer.get(name, ())) / size for layer, size in zip(layers, of, strict=True)]
+        name: [len(layer.get(name, ())) / max(size, 1) for layer, size in zip(layers, of, strict=True)]
         for name, of in sizes.items()
-        if all(of)
+        if any(of)
     }
     if len(shares) > _MOST_STRUCTURES:
         shares = {}  # no mask space has so many, and each is a picture of its own

@@ -12,6 +12,9 @@ STRUCTURES = {
 WHOLE_WIDTHS = ("kv_group", "mlp", "experts")
 """The spaces whose cuts leave nothing that transformers' own classes cannot have, where all layers are equal."""
 
+BLOCK_SPACES = ("kv_group", "mlp")
+"""The spaces whose structures are whole blocks of a layer, which may go (`decisions.blocks`)."""
+
 
 def space_names() -> list[str]:
     """The names of all mask spaces."""

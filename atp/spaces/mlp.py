@@ -12,15 +12,15 @@ from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
 
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """`mlp` alone: attention stays whole, which keeps the cut exact where norms are over all heads."""
-    return [mlp_channels(linears)]
+    return [mlp_channels(linears, block="mlp")]
 
 
-def mlp_channels(linears: dict[str, Linear]) -> Structure:
+def mlp_channels(linears: dict[str, Linear], block: str | None = None) -> Structure:
     """Structure `mlp`: a decision removes one channel, a row of gate_proj and up_proj and a column of down_proj.
 
     A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Without a gate it multiplies these
     inputs, because an activation alone does not pass a factor on. Only element-wise work lies between the linears, so
-    channels may lie in any order.
+    channels may lie in any order. block: `mlp` where it may go as a whole; without a channel it adds nothing.
     """
     *producers, reader = mlp_linears(linears)
     size, gated = linears[reader].in_features, len(producers) > 1
@@ -30,8 +30,9 @@ def mlp_channels(linears: dict[str, Linear]) -> Structure:
         Cut(reader, 1, owner, soft=not gated, reorderable=True),
     )
     return Structure(
-        "mlp", size, cuts, _widths, reader=reader, multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS, remainder=True
-    )
+        "mlp", size, cuts, _widths, reader=reader, multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS,
+        remainder=True, block=block,
+    )  # fmt: skip
 
 
 def mlp_linears(linears: dict[str, Linear]) -> list[str]:

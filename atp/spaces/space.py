@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from atp.families import Linear, UnsupportedModel, family_of, layer_config
-from atp.spaces import STRUCTURES
+from atp.families import BLOCKS, SKIPPED, Block, Linear, UnsupportedModel, family_of, is_cut, layer_config
+from atp.spaces import BLOCK_SPACES, STRUCTURES
 
 WIDTHS = (64, 32, 16, 8, 4, 2)
 """Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
@@ -74,7 +74,9 @@ class Structure:
     multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
     cuda_multiples: those that come before them where the model trains on CUDA.
     remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
-    least: the smallest number of decisions that a layer may keep.
+    least: the smallest number of decisions that a layer may keep, where it keeps any.
+    block: the residual block (`self_attn`, `mlp`) that adds nothing without these decisions, so that all may go; None
+    where some must stay.
     layer, start: set by `MaskSpace`; start is the position of the first decision in the flat vector of all decisions.
     """
 
@@ -87,6 +89,7 @@ class Structure:
     cuda_multiples: tuple[int, ...] = ()
     remainder: bool = False
     least: int = 1
+    block: str | None = None
     layer: int = 0
     start: int = 0
 
@@ -124,7 +127,8 @@ class MaskSpace:
     """All decisions of a model as one flat vector, and the table of what each one removes.
 
     A mask over the space is a tensor [size]: bool or 0/1 (hard, True keeps) or in [0, 1] (soft). All layers have the
-    same structures and linears by name; in a model that is cut already their sizes differ.
+    same structures and linears by name; in a model that is cut already their sizes differ, and are 0 in a block that a
+    layer lacks.
     """
 
     def __init__(
@@ -132,15 +136,18 @@ class MaskSpace:
         name: str,
         structures: Sequence[list[Structure]],
         linears: Sequence[dict[str, Linear]],
-        norm_params: int,
+        norms: Sequence[dict[str, int]],
+        blocks: Sequence[Block] = BLOCKS,
     ):
-        """structures: those of each layer. linears: of each layer, by name. norm_params: uncut parameters per layer.
+        """structures: those of each layer. linears: of each layer, by name. norms: of each layer, parameters
+        outside its linears by module. blocks: those of a layer, which say what goes with them.
 
         `modules` are the names of the linears of a layer, `adapted` those of linears that carry LoRA. `structure_of`,
         int64 [size], gives the position in `structures` of the structure that each decision belongs to. Raises
         ValueError for a table that does not cover each side that it cuts exactly once.
         """
-        self.name, self.linears, self.norm_params, self.num_layers = name, linears, norm_params, len(linears)
+        self.name, self.linears, self.norms, self.num_layers = name, linears, norms, len(linears)
+        self.blocks = tuple(blocks)
         self.modules = tuple(linears[0])
         self.adapted = tuple(name for name, linear in linears[0].items() if linear.lora)
         self.structures: list[Structure] = []
@@ -161,20 +168,21 @@ class MaskSpace:
         family = family_of(config)
         if space not in STRUCTURES:
             raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(STRUCTURES)}")
-        reason = family.refuses(config, space)
+        reason = family.refuses(config, space) or _refuses_lacking(config, space)
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
         build: Builder = importlib.import_module(f"atp.spaces.{space}").structures
         built: dict[tuple[tuple[str, Linear], ...], list[Structure]] = {}  # layers of one shape share their tables
-        structures, linears = [], []
+        structures, linears, norms = [], [], []
         for layer in range(config.num_hidden_layers):
             own = layer_config(config, layer)
             linears.append(family.linears(own))
+            norms.append(family.norm_params(own))
             shape = tuple(linears[-1].items())
             if shape not in built:
                 built[shape] = build(own, linears[-1])
             structures.append(built[shape])
-        return cls(space, structures, linears, family.norm_params(config))
+        return cls(space, structures, linears, norms, family.blocks)
 
     def to(self, device: torch.device) -> MaskSpace:
         """This space with its index tensors on a device, where masks are then expanded without a copy per side."""
@@ -230,15 +238,40 @@ class MaskSpace:
 
     # What a cut leaves
 
+    def present(self, layer: int) -> dict[str, Linear]:
+        """The linears of one layer by name, without those of a block that it lacks."""
+        return {name: linear for name, linear in self.linears[layer].items() if linear.out_features}
+
     def read_by(self, layer: int, block: str) -> Structure | None:
         """The structure that the last linear of a residual block (`self_attn`, `mlp`) reads; None without one."""
         read = (s for s in self.layer(layer) if s.reader is not None and s.reader.startswith(f"{block}."))
         return next(read, None)
 
+    def emptied(self, mask: Tensor) -> list[Structure]:
+        """The structures of which a hard mask [size] leaves nothing, so that their block goes or is gone already."""
+        kept = torch.bincount(self.structure_of, mask.cpu(), minlength=len(self.structures)).tolist()
+        pairs = zip(self.structures, kept, strict=True)
+        return [structure for structure, count in pairs if structure.block is not None and not count]
+
+    def gone(self, mask: Tensor) -> list[list[Block]]:
+        """For each layer the blocks that it lacks under a hard mask [size]."""
+        names = {(structure.layer, structure.block) for structure in self.emptied(mask)}
+        layers = range(self.num_layers)
+        return [[block for block in self.blocks if (layer, block.module) in names] for layer in layers]
+
+    def closed(self, mask: Tensor) -> set[tuple[int, str]]:
+        """The linears (layer, name) that end an emptied block and have a bias, which goes with the block."""
+        ends = {(s.layer, s.reader) for s in self.structures if s.block is not None and s.reader is not None}
+        biased = {(layer, name) for layer, name in ends if self.linears[layer][name].bias}
+        return biased & {(s.layer, s.reader) for s in self.emptied(mask) if s.reader is not None} if biased else biased
+
     def layer_widths(self, layer: int, mask: Tensor) -> dict[str, Any]:
         """The keys of `LayerShape` that a hard mask bool [size] sets in one layer, with their values."""
         kept = {s: mask[s.span].cpu() for s in self.layer(layer)}
-        return {key: value for s, decisions in kept.items() for key, value in s.widths(s, decisions).items()}
+        gone = [s.block for s, decisions in kept.items() if s.block is not None and not decisions.any()]
+        left = ((s, decisions) for s, decisions in kept.items() if s.block not in gone)
+        widths = {key: value for s, decisions in left for key, value in s.widths(s, decisions).items()}
+        return widths | ({"skip": [SKIPPED[block] for block in gone]} if gone else {})
 
     # Records
 
@@ -247,7 +280,7 @@ class MaskSpace:
         kept = torch.bincount(self.structure_of, mask.cpu(), minlength=len(self.structures))
         shares: dict[str, list[float]] = {}
         for structure, count in zip(self.structures, kept.tolist(), strict=True):
-            shares.setdefault(structure.name, []).append(round(count / structure.size, 4))
+            shares.setdefault(structure.name, []).append(round(count / max(structure.size, 1), 4))
         return shares
 
     def describe(self, mask: Tensor) -> dict[str, list[int]]:
@@ -268,6 +301,11 @@ class MaskSpace:
             kept = torch.tensor(layers[structure.layer][structure.name], dtype=torch.long)
             mask[structure.start + kept] = True
         return mask
+
+
+def _refuses_lacking(config: PretrainedConfig, space: str) -> str | None:
+    lacking = config.lacking() if is_cut(config) and space not in BLOCK_SPACES else None
+    return None if lacking is None else f"the model is cut already and its {lacking}: use {' or '.join(BLOCK_SPACES)}"
 
 
 def _repeats(owner: Tensor) -> tuple[int, int] | None:

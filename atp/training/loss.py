@@ -38,7 +38,7 @@ def causal_lm_loss(
     of an unknown family, which computes all its logits. teacher: mixes in the distance to its predictions of the same
     tokens. decode: what calls the decoder.
     """
-    if family_name(_causal(model).config.model_type) not in FAMILIES:
+    if family_name(causal_of(model).config.model_type) not in FAMILIES:
         return _plain_loss(model, batch) / (len(batch["targets"]) if count is None else count)
     scored, head = head_inputs(model, batch, decode)
     soft = None if teacher is None else teacher.targets(batch)

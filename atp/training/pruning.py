@@ -22,7 +22,7 @@ from atp.data import collate
 from atp.decide.budget import Budget
 from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
-from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.decide.saliency import fisher_saliency, saliency_logits, squares
 from atp.decide.scored import ScoredDecisions
 from atp.evaluation.inference import CausalLM, inference
 from atp.ground.devices import for_float64, upload
@@ -116,7 +116,9 @@ class Pruning:
     def _saliency(self, windows: int, at: Tensor | None = None) -> Tensor:
         count = min(windows, sized(self.calibration))
         with frozen(self.model):
-            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss, at=at, among=count)
+            saliency = fisher_saliency(
+                self.space, self._windows(count), self.calibration_loss, at=at, among=count, blocks=self.settings.blocks
+            )
         self.uncut.controller.clear()
         return processes.from_main(saliency, "saliency")
 
@@ -207,9 +209,10 @@ class Pruning:
             yield
         with scope("masks"):
             # One process sees the batches of all one after another, each with its share of the loss.
-            square = (observer.gradients(sums) / processes.count()).square().sum(0) * samples
-            for squares in processes.gather(square):
-                self.decisions.observe(squares)
+            gradients = observer.gradients(sums) / processes.count()
+            square = squares(gradients, self.space, blocks=self.settings.blocks).sum(0) * samples
+            for of_one in processes.gather(square):
+                self.decisions.observe(of_one)
 
     def regularize(self, weight: float) -> None:
         """Adds the regularizer's gradient to clipped gradients."""

@@ -34,7 +34,7 @@ def undone(decoder: nn.Module, space: MaskSpace) -> Iterator[None]:
     layers: Any = decoder.layers
     kept: list[tuple[nn.Module, nn.Parameter, Tensor | None]] = []
     for structure in space.structures:
-        if structure.reader is not None:
+        if structure.reader is not None and structure.size:
             linear = layers[structure.layer].get_submodule(structure.reader).get_base_layer()
             weight = linear.weight
             kept.append((linear, weight, None if isinstance(weight, QuantizedWeight) else _own(weight).clone()))

@@ -239,7 +239,7 @@ class ATPTrainer(Loop):
             self.pruning.cut(swap=self.bind)
             for prefix in ("model", "lora_optimizer"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)
-                state.tensors |= checkpoints.prefixed(prefix, part)
+                state.replace(prefix, part)  # whole blocks may be gone
             if self.config.training.after_cut == "full":
                 self._train_all(merged=True)
                 state.replace("model", self._adapter())
@@ -287,8 +287,9 @@ class ATPTrainer(Loop):
             folder.mkdir(parents=True, exist_ok=True)
             save_decisions(folder, self.space, self.decisions.mask)
         after = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
-        stock = stock_config(causal_of(self.model).config) is not None
-        card = model_card(self.config, self.params_before, after, stock=stock)
+        shapes: Any = causal_of(self.model).config
+        stock = stock_config(shapes) is not None
+        card = model_card(self.config, self.params_before, after, stock=stock, gone=shapes.gone())
         tokens = self.pruning.certificate_tokens()
         certificate = self.certificate | export_model(self.model, folder, self.tokenizer, tokens, card)
         load_in = self.config.model.load_in

@@ -110,6 +110,24 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
         ({"training": {"open": 500}}, "config section 'training': open, search and settle take 500 steps, more than"),
         ({"decisions": {"uniform": True, "space": "disp"}}, "config section 'decisions': uniform needs space kv_group"),
         (
+            {"decisions": {"blocks": True, "space": "head_dim"}},
+            "config section 'decisions': blocks needs structures that are whole blocks, and those of space head_dim "
+            "are not: use space kv_group or mlp",
+        ),
+        (
+            {"decisions": {"blocks": True, "space": "experts"}},
+            "config section 'decisions': blocks needs structures that",
+        ),
+        (
+            {"decisions": {"blocks": True}, "preset": "stock"},
+            "config section 'decisions': blocks removes attention or MLP of single layers, and uniform (as in preset "
+            "stock) keeps all layers equal: set one of them to false",
+        ),
+        (
+            {"decisions": {"blocks": True, "source": "learned"}},
+            "config section 'decisions': blocks weighs whole blocks by their saliency, and learned decisions have none",
+        ),
+        (
             {"preset": "fast"},
             "config key 'preset' is 'fast': input should be 'auto', 'quick', 'standard', 'thorough', ",
         ),

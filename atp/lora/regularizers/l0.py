@@ -63,7 +63,7 @@ class L0Gates(Regularizer):
         self._cuts: list[tuple[MaskedPeftLinear, int, Tensor]] = []
         decisions = []
         for structure in space.to(device).structures:
-            for cut in structure.cuts:
+            for cut in structure.cuts if structure.size else ():
                 layer = layers[f"{structure.layer}.{cut.module}"]
                 self._cuts.append((layer, cut.axis, cut.owner))
                 decisions.append(torch.arange(structure.start, structure.start + structure.size, device=device))

@@ -28,7 +28,7 @@ class LoraGroups:
         device = next(iter(parameters.values())).device
         for structure in space.to(device).structures:
             for cut in structure.cuts:
-                if cut.module not in space.adapted:
+                if cut.module not in space.adapted or not structure.size:
                     continue
                 factor = "lora_A" if cut.axis else "lora_B"
                 parameter = parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"]

@@ -154,6 +154,30 @@ def tiny(name, widths="whole", **changes):
     return cut_model(model, space, mask)
 
 
+# (layer, block) pairs that are gone: in the first layer, in the last, all of a layer, all attention, all but one.
+GONE = {
+    "first attention": [(0, "self_attn")],
+    "last MLP": [(2, "mlp")],
+    "one of each": [(1, "self_attn"), (0, "mlp")],
+    "first layer": [(0, "self_attn"), (0, "mlp")],
+    "last layer": [(2, "self_attn"), (2, "mlp")],
+    "all attention": [(0, "self_attn"), (1, "self_attn"), (2, "self_attn")],
+    "all but one": [(0, "self_attn"), (0, "mlp"), (1, "mlp"), (2, "self_attn"), (2, "mlp")],
+}
+WITHOUT_BLOCKS = [(name, gone) for name in ("llama-tied", "llama-biases", "mistral", "granite") for gone in GONE]
+
+
+def without_blocks(name, gone, widths="random"):
+    """A model cut to a random width per layer, or to whole ones, without these blocks."""
+    model = stock_model(name.split("-")[0], dtype=torch.float32, **{"vocab_size": VOCAB} | MODELS[name])
+    space = MaskSpace.from_config(model.config, "kv_group")
+    mask = random_mask(space) if widths == "random" else torch.ones(space.size, dtype=torch.bool)
+    for structure in space.structures:
+        if (structure.layer, structure.block) in GONE[gone]:
+            mask[structure.span] = False
+    return cut_model(model, space, mask)
+
+
 def shapes_of(model):
     return model.config if is_cut(model.config) else CutConfig.from_whole(model.config)
 
@@ -190,6 +214,26 @@ def test_the_file_computes_the_models_logits(tmp_path, name, widths, architectur
     assert ("output.weight" not in file.tensors) == (model.config.tie_word_embeddings and not folded)
     scaled = name.endswith(("llama3", "whole-range", "proportional", "part")) or name.startswith("glm-")
     assert ("rope_freqs.weight" in file.tensors) == (scaled or name == "glm")
+
+
+@pytest.mark.parametrize(("name", "gone"), WITHOUT_BLOCKS)
+def test_blocks_that_are_gone_are_left_out_or_zero(tmp_path, name, gone):
+    model = without_blocks(name, gone)
+    assert write(model, tmp_path / "model.gguf", "f32")[0] == "deci"
+    file = File(tmp_path / "model.gguf")
+    assert_same_logits(file, model, 1e-5)
+    assert file.used == file.tensors.keys(), "llama.cpp refuses a file with tensors that it does not read"
+    whole = [layer for layer in range(3) if {(layer, "self_attn"), (layer, "mlp")} <= {*GONE[gone]}]
+    assert file.keys["deci.block_count"] == 3 - len(whole)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "smollm3"])
+def test_other_architectures_hold_no_layer_without_attention_and_none_at_all_that_is_left_out(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} lacks layers without attention or MLP.*: use its folder with trans"):
+        write(without_blocks(name, "first attention", "whole"), tmp_path / "model.gguf")
+    model = without_blocks("qwen3", "last layer", "whole")
+    assert write(model, tmp_path / "model.gguf")[0] == "qwen3"
+    assert_same_logits(File(tmp_path / "model.gguf"), model, 1e-5)
 
 
 def test_a_model_that_was_cut_twice_is_exported_too(tmp_path):

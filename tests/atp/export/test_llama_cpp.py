@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
-from test_gguf import CASES, VOCAB, tiny, tokens, write
+from test_gguf import CASES, VOCAB, WITHOUT_BLOCKS, tiny, tokens, without_blocks, write
 from tiny_tokenizers import MARKED, PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
 from atp.baselines.simple import magnitude_scores
@@ -33,14 +33,28 @@ pytestmark = pytest.mark.slow
 def test_llama_cpp_computes_the_models_probabilities(tmp_path, name, widths):
     model = tiny(name, widths)
     write(model, tmp_path / "model.gguf")
-    runtime, letter = LlamaCpp(tmp_path / "model.gguf"), byte_level().convert_tokens_to_ids("a")
+    # llama.cpp looks GELU up in a table of half precision.
+    assert_same_probabilities(model, tmp_path / "model.gguf", name, 1e-3 if "gemma" in name else 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@pytest.mark.parametrize(("name", "gone"), WITHOUT_BLOCKS)
+def test_llama_cpp_computes_a_model_without_blocks(tmp_path, name, gone, dtype):
+    """With zeros in place of what it cannot leave out, quantized ones too."""
+    model = without_blocks(name, gone)
+    write(model, tmp_path / "model.gguf", dtype)
+    assert_same_probabilities(model, tmp_path / "model.gguf", name, 1e-4 if dtype == "f32" else 5e-2)
+
+
+def assert_same_probabilities(model, path, name, allowed):
+    runtime, letter = LlamaCpp(path), byte_level().convert_tokens_to_ids("a")
     for ids in tokens():
         # One token must fit behind, and with this context llama.cpp takes the long factors for short texts too.
         for length in (7 if "longrope" in name else 1, 7, len(ids) - 1):
             expected = model(ids[None, :length]).logits[0, -1].log_softmax(-1)
             found = runtime.log_probabilities(ids[:length], VOCAB, letter)
             actual = torch.tensor([found[token] for token in range(VOCAB)])
-            allowed = 1e-3 if "gemma" in name else 1e-4  # llama.cpp looks GELU up in a table of half precision
             assert (actual - expected).abs().max() <= allowed * expected.abs().max()
 
 

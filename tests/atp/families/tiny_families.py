@@ -125,5 +125,6 @@ def random_mask(space, seed=1, keep=0.6):
     """A random mask that keeps at least one decision of every structure."""
     mask = torch.rand(space.size, generator=torch.Generator().manual_seed(seed)) < keep
     for structure in space.structures:
-        mask[structure.start] = True
+        if structure.size:  # of a block that the layer lacks there is none
+            mask[structure.start] = True
     return mask

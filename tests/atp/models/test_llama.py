@@ -141,7 +141,10 @@ def test_a_skipped_block_adds_nothing(tmp_path, family, skip):
     expected = whole.generate(tokens(), use_cache=False, **greedy)
     for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
         assert torch.equal(again.generate(tokens(), **greedy, **cache), expected)
-    assert model.config.beyond_whole_heads() == f"layer 0 has no {' and no '.join(skip)}"
+    assert (
+        model.config.lacking() == f"layer 0 has no {' and no '.join(skip)}"
+        and model.config.beyond_whole_heads() is None
+    )
 
 
 def test_bfloat16_reload(tmp_path):

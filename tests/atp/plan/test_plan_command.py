@@ -368,6 +368,9 @@ def test_exports_by_settings():
     assert "set decisions.space=kv_group" in dims[gguf].why_not
     qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[gguf]
     assert not qwen3.reachable and "norms of queries and keys" in qwen3.why_not
+    assert reached(public("Llama-2-7b", "decisions.blocks=true"))[gguf].reachable
+    gone = reached(public("Qwen3-8B", "decisions.blocks=true"), "Qwen3-8B")[gguf]
+    assert not gone.reachable and "qwen3 lacks layers without attention or MLP" in gone.why_not
     sizes = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 6, "head_dim": 16}
     small = {reach.name: reach for reach in reachable_exports(public("Llama-2-7b"), LlamaConfig(**sizes))}
     assert small[int8].reachable and "no matrix of the decoder has a multiple of 64 inputs" in small[nf4].why_not

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
 from atp.models.load import read_config
+from atp.plan.cost import cost_of
+from atp.plan.memory import memory_of
 from atp.plan.parameters import counted, parameters_of
 from atp.plan.shapes import ModelShapes, equal_counts, mask_of
 from atp.removal import cut_model
@@ -94,3 +96,25 @@ def test_width_rules_are_those_of_a_run():
     assert shapes.multiples == width_rules(Budget(shapes.space), 0.6, None)
     asked = ModelShapes.of(config, settings("decisions.multiples={mlp: 256, kv_group: 4}").decisions)
     assert asked.counts["kv_group"][0] % 4 == 0 and asked.counts["mlp"][0] % 256 == 0
+
+
+def test_the_last_layers_are_left_out_where_the_target_needs_it():
+    """And only with decisions.blocks, and no more of them than that; then all other figures are of what is left."""
+    options = {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 16, "num_hidden_layers": 6}
+    found = job("decisions.blocks=true", "decisions.target_keep=0.1", **options)
+    shapes = found.shapes
+    cut = cut_model(AutoModelForCausalLM.from_config(shapes.config), shapes.space, mask_of(shapes.space, shapes.counts))
+    assert found.after == counted(cut) and abs(shapes.share - 0.1) < 0.01
+    kept = [sum(layer.weights for layer in shapes.kept[:count]) for count in range(7)]
+    gone = kept.count(kept[-1]) - 1
+    assert 0 < gone < 6 and shapes.counts["kv_group"] == [1] * (6 - gone) + [0] * gone
+    assert [(w.heads, w.kv_heads, w.adapter(4)) for w in shapes.kept[-gone:]] == [(0, 0, 0)] * gone
+    assert sum(w.adapter(4) for w in shapes.kept) == sum(
+        4 * (linear.out_features + linear.in_features)
+        for layer in cut.get_decoder().layers for linear in layer.modules() if type(linear).__name__ == "Linear"
+    )  # fmt: skip
+    assert min(row.flops.total for row in cost_of(found)) > 0 and max(row["bytes"] for row in memory_of(found)) > 0
+    without = job("decisions.target_keep=0.1", **options).shapes
+    assert set(without.counts["kv_group"]) == {1} and without.share > 0.2
+    plain, with_blocks = (job(*extra, **options).shapes for extra in ((), ("decisions.blocks=true",)))
+    assert plain.counts == with_blocks.counts, "0.6 needs no layer less"

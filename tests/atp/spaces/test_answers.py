@@ -224,7 +224,7 @@ def test_width_rules_and_the_remainder_meet_a_budget(space_name):
 
 def linear_space(*structures):
     base = MaskSpace.from_config(stock_model().config)
-    return MaskSpace("own", [list(structures)] * base.num_layers, base.linears, base.norm_params)
+    return MaskSpace("own", [list(structures)] * base.num_layers, base.linears, base.norms)
 
 
 def no_widths(structure, kept):
