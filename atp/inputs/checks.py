@@ -149,6 +149,11 @@ def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
             "evaluation.dense_baseline trains a model of its own, which training.sharding=fsdp does not shard: set "
             "evaluation.dense_baseline=false, or leave out training.sharding"
         )
+    if config.vocabulary.keep is not None:
+        raise InputError(
+            "vocabulary.keep takes rows out of a whole embedding, of which training.sharding=fsdp leaves a process a "
+            "part: leave out one of them"
+        )
     if config.lora.variant == "dora":
         raise InputError(
             "lora.variant=dora reads the norms of whole rows, of which training.sharding=fsdp leaves a process a part: "

@@ -129,10 +129,11 @@ def trim_model(model: PreTrainedModel, kept: Tensor) -> None:
     if head is not None:
         head.out_features = len(kept)
     for module in model.modules():
+        known: Any = module
         if getattr(module, "vocab_size", None) == words:
-            module.vocab_size = len(kept)
+            known.vocab_size = len(kept)
         if getattr(module, "padding_idx", None) is not None:
-            module.padding_idx = new.get(module.padding_idx)
+            known.padding_idx = new.get(known.padding_idx)
     config = trimmed_config(model.config, kept)
     for key, _ in [("vocab_size", None), *_keyed(model.config)]:
         setattr(model.config, key, getattr(config, key))

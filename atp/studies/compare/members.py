@@ -161,7 +161,7 @@ class Members:
         """
 
         def look(inputs: dict[str, str]) -> dict[str, Any] | None:
-            if not any(override.startswith(("model.", "data.")) for override in arm.overrides):
+            if not any(override.startswith(("model.", "data.", "vocabulary.")) for override in arm.overrides):
                 refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
                 # Members in other processes write it too: one that replaces it first takes the temporary file along.
                 with suppress(FileNotFoundError):
