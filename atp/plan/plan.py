@@ -53,6 +53,7 @@ _DEVICES = ("cpu", "cuda")
 _NOT_COUNTED = (
     "Generated answers, checkpoints and the timing of the models (three rounds or 20 seconds) are in no figure."
 )
+_BEFORE_WORDS = ("load", "score")  # parts of a run in which the model has all its words
 _KEPT_BY_ALLOCATOR = 1.25  # of the largest part (docs/plan.md)
 _LONG = 3600.0  # seconds from which the largest part is named
 # What makes a part shorter.
@@ -121,6 +122,11 @@ def make_plan(
         calibrated=calibrated, scored=scored, questions=questions,
     )  # fmt: skip
     memory, rows = memory_of(job), cost_of(job)
+    if words is not found:  # the original is read and scored with all words
+        whole = replace(job, shapes=ModelShapes.of(found, known.decisions, device), before=parameters_of(found))
+        before = {row["phase"]: row for row in memory_of(whole) if row["phase"] in _BEFORE_WORDS}
+        memory = [before.get(row["phase"], row) for row in memory]
+        rows = [cost_of(whole)[0], *rows[1:]]
     if probe is None and (device != here or "windows" not in data or not is_quick(job)):
         probe = False
     if probe is not False:

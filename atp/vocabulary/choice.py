@@ -110,10 +110,10 @@ def _named(tokenizer: PreTrainedTokenizerBase, also: Iterable[int]) -> set[int]:
 def _expected(merges: Merges, counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """How often each token is to be expected in a text like that which was counted, float64 as counts."""
     expected = counts.astype(np.float64)
-    unseen = [token for token in merges.tokens if not counts[token] and merges.rank(token) >= 0]
-    if unseen:
-        weights = 1 / (1.0 + np.array([merges.rank(token) for token in unseen]))
-        expected[unseen] = (counts == 1).sum() * weights / weights.sum()
+    ranks = {token: rank for token in merges.tokens if not counts[token] and (rank := merges.rank(token)) >= 0}
+    if ranks:
+        weights = 1 / (1.0 + np.array(list(ranks.values())))
+        expected[list(ranks)] = (counts == 1).sum() * weights / weights.sum()
     return expected
 
 

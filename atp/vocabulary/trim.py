@@ -41,7 +41,7 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Tensor) -> PreTr
             elif entry.is_file() and entry.name not in _FILES:
                 entry.unlink()
         try:
-            _rewrite(folder / "tokenizer.json", lambda content: trimmed_content(content, new))
+            _rewrite(folder / "tokenizer.json", lambda content: _trimmed_content(content, new))
         except KeyError as error:
             raise InputError(
                 f"the tokenizer needs the word with id {error}, which is not among the words that were kept: put back "
@@ -61,9 +61,8 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Tensor) -> PreTr
     return found
 
 
-def trimmed_content(content: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
-    """A tokenizer.json with the words in `new` alone. new: from old ids to new ones."""
-    content = copy.deepcopy(content)
+def _trimmed_content(content: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
+    """A tokenizer.json with the words in `new` alone, changed in place. new: from old ids to new ones."""
     model = content["model"]
     words = {token: new[index] for token, index in model["vocab"].items() if index in new}
     listed = zip(model["merges"], pairs(model), strict=True)

@@ -152,6 +152,12 @@ def test_it_is_planned_for(done):
     assert plan["parameters"]["after"]["embedding"]["parameters"] == summary["vocabulary"]["parameters"]["after"]
     assert plan["parameters"]["before"]["embedding"]["parameters"] == summary["vocabulary"]["parameters"]["before"]
     assert any(line.startswith("Vocabulary: ") for line in plan["remarks"])
+    plain = make_plan(changed(config, "vocabulary.keep=null"))
+    saved = summary["vocabulary"]["megabytes"]["before"] - summary["vocabulary"]["megabytes"]["after"]
+    weights = [{row["phase"]: row["parts"].get("weights") for row in each["memory"]} for each in (plain, plan)]
+    assert weights[0]["score"] == weights[1]["score"], "the original has all words"
+    for phase in ("open", "tune"):
+        assert weights[0][phase] - weights[1][phase] == round(1e6 * saved), phase
 
 
 @pytest.fixture(scope="module")
