@@ -124,8 +124,8 @@ def make_plan(
     memory, rows = memory_of(job), cost_of(job)
     if words is not found:  # the original is read and scored with all words
         whole = replace(job, shapes=ModelShapes.of(found, known.decisions, device), before=parameters_of(found))
-        before = {row["phase"]: row for row in memory_of(whole) if row["phase"] in _BEFORE_WORDS}
-        memory = [before.get(row["phase"], row) for row in memory]
+        before = {str(row["phase"]): row for row in memory_of(whole) if row["phase"] in _BEFORE_WORDS}
+        memory = [before.get(str(row["phase"]), row) for row in memory]
         rows = [cost_of(whole)[0], *rows[1:]]
     if probe is None and (device != here or "windows" not in data or not is_quick(job)):
         probe = False
