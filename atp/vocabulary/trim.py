@@ -104,7 +104,7 @@ def trim_model(model: PreTrainedModel, kept: Tensor) -> None:
     words, parts = model.config.vocab_size, [model.get_input_embeddings(), model.get_output_embeddings()]
     inside = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in inside and words in parameter.shape[:1]:
+        if id(parameter) not in inside and words in parameter.shape[:1] and ".layers." not in name:
             raise InputError(
                 f"the vocabulary of this model cannot be trimmed, because {name} has a row for each word too: leave "
                 "out vocabulary.keep"

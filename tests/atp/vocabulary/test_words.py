@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_tokenizers import MARKED, SPECIAL, TEXTS, byte_level, sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from atp.data.encoding import encode
 from atp.ground.errors import InputError
@@ -19,11 +19,24 @@ from atp.vocabulary.choice import BITS, WORTH, counted, kept_words
 from atp.vocabulary.merges import Merges, pairs
 from atp.vocabulary.trim import trimmed_tokenizer
 
+
+def own_class(kind, tokenizer, **names):
+    """The tokenizer as a class of transformers' own, which builds it anew from vocabulary and merges."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = kind(vocab=content["vocab"], merges=[tuple(pair) for pair in content["merges"]], **names)
+    made.chat_template = MARKED
+    return made
+
+
 KINDS = {
     **{name: lambda name=name: byte_level(name, vocab_size=400) for name in ("gpt-2", "smollm", "llama-bpe", "qwen2")},
     "llama-bpe, bos": lambda: byte_level("llama-bpe", vocab_size=400, bos=True),
     **{f"sentencepiece, {scheme}": lambda scheme=scheme: sentencepiece(metaspace=scheme, template=MARKED)
        for scheme in (None, "first", "always", "never", "gemma")},
+    "Qwen2Tokenizer": lambda: own_class(Qwen2Tokenizer, byte_level("qwen2"), eos_token=SPECIAL[2]),
+    "LlamaTokenizer": lambda: own_class(LlamaTokenizer, sentencepiece()),
+    "GemmaTokenizer": lambda: own_class(GemmaTokenizer, sentencepiece(metaspace="gemma"), bos_token="<s>",
+                                        eos_token="</s>", pad_token="<unk>", mask_token="</s>"),
 }  # fmt: skip
 SHARE = 1e-4  # of a model's parameters that a word takes, as if they were 10,000 words' worth
 
@@ -230,6 +243,11 @@ def test_other_tokenizers_are_refused(kind):
     ) as error:
         kept_words(whole, ["a"], "auto", SHARE)
     assert "\n" not in str(error.value)
+
+
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(InputError, match="it has no tokenizer.json form: leave out vocabulary.keep, or give"):
+        kept_words(ByT5Tokenizer(), ["a"], "auto", SHARE)
 
 
 @pytest.mark.slow
