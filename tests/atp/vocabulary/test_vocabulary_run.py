@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from atp.cli.chat import Conversation
 from atp.data.encoding import encode
-from atp.evaluation import packed_windows, perplexity
+from atp.evaluation import packed_windows, perplexity, throughput
+from atp.export import quantized
 from atp.export.command import export
 from atp.ground.errors import InputError
 from atp.inputs.loading import held_out, load_data, load_model, load_shapes, load_tokenizer
@@ -279,3 +281,17 @@ def test_two_processes_trim_alike(texts, tmp_path):
     assert_equal(tmp_path / "two", tmp_path / "one")
     kept = [load_file(tmp_path / name / "vocabulary.safetensors")["kept"] for name in ("one", "two")]
     assert torch.equal(*kept)
+
+
+def test_quantized_weights_keep_the_words(done, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(quantized, "throughput", partial(throughput, prompt_tokens=8, new_tokens=2, repeats=1))
+    _, folder, _, _ = done
+    path, _ = export(str(folder), "int8", None, tmp_path / "small")
+    small = read_tokenizer(folder / "model")
+    assert read_tokenizer(path).get_vocab() == small.get_vocab()
+    ids = torch.tensor(encode(small, ["The quick brown fox"]))
+    with torch.no_grad():
+        before = read_model(folder / "model", torch.float32)(ids).logits
+        after = AutoModelForCausalLM.from_pretrained(path)(ids).logits
+    assert after.shape == before.shape and (after - before).abs().max() < 0.05 * before.abs().max()
