@@ -61,7 +61,7 @@ def kept_words(
             "those of the chat template): choose at least that"
         )
     counts, size = counted(tokenizer, texts, max(merges.tokens) + 1)
-    expected = _expected(merges, counts)
+    expected = expected_counts(merges, counts)
     if keep == "auto":
         kept = _above(merges, always, expected, WORTH * share * size / BITS)
         target = min(-(-len(kept) // MULTIPLE) * MULTIPLE, len(merges.tokens))
@@ -107,7 +107,7 @@ def _named(tokenizer: PreTrainedTokenizerBase, also: Iterable[int]) -> set[int]:
     return {*tokenizer.all_special_ids, *also}
 
 
-def _expected(merges: Merges, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def expected_counts(merges: Merges, counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """How often each token is to be expected in a text like that which was counted, float64 as counts."""
     expected = counts.astype(np.float64)
     ranks = {token: rank for token in merges.tokens if not counts[token] and (rank := merges.rank(token)) >= 0}

@@ -78,7 +78,7 @@ def test_a_trimmed_model_is_saved_and_loaded_as_any_other(tmp_path):
 
 
 def test_ids_of_both_configs_are_renumbered_and_those_without_a_word_go():
-    model, kept = build("llama"), kept_of()
+    model, kept = build("llama", pad_token_id=500), kept_of()
     new = {old: index for index, old in enumerate(kept.tolist())}
     gone = next(index for index in range(WORDS) if index not in new)
     settings = model.generation_config
@@ -88,11 +88,11 @@ def test_ids_of_both_configs_are_renumbered_and_those_without_a_word_go():
     trim_model(model, kept)
     config = model.config
     assert (config.vocab_size, model.vocab_size, model.model.vocab_size) == (len(kept),) * 3
-    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (new[0], new[1], [new[2], new[500]])
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (new[500], new[1], [new[2], new[500]])
     assert config.decoder_start_token_id is None
     assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == ([new[2], new[500]], new[0], None)
     assert settings.suppress_tokens == [new[500]] and settings.bad_words_ids == [[new[1], new[2]]]
-    assert model.model.embed_tokens.padding_idx == new[0]
+    assert model.model.embed_tokens.padding_idx == new[500]
     whole = LlamaConfig(**SIZES)
     trimmed = trimmed_config(whole, kept)
     assert trimmed.eos_token_id == [new[2], new[500]] and trimmed.vocab_size == len(kept) and whole.vocab_size == WORDS

@@ -15,7 +15,7 @@ from atp.data.encoding import encode
 from atp.ground.errors import InputError
 from atp.ground.requirements import find
 from atp.models.load import read_tokenizer
-from atp.vocabulary.choice import BITS, WORTH, counted, kept_words
+from atp.vocabulary.choice import BITS, WORTH, counted, expected_counts, kept_words
 from atp.vocabulary.merges import Merges, pairs
 from atp.vocabulary.trim import trimmed_tokenizer
 
@@ -199,6 +199,30 @@ def test_the_occurrences_of_a_word_that_goes_count_for_its_parts():
     assert {256, 257} <= set(kept_words(whole, texts, "auto", 0.99 * share).tolist())
     least = 258  # bytes, `</s>` and, of the two, the shorter one
     assert set(kept_words(whole, texts, least, share).tolist()) == set(range(257)) | {258}
+    whole.add_tokens([f"<{number}>" for number in range(7)])  # with which those that stay are a multiple of eight
+    assert len(kept_words(whole, texts, "auto", 10 * share)) == 264
+    texts += ["ab"] * 5  # five by itself and ten in the longer one, of which twelve are asked for
+    assert 256 in kept_words(whole, texts, "auto", BITS * 12 / 50 / WORTH)
+
+
+def test_words_that_the_text_does_not_show_stay_where_many_are_shown_once():
+    """One word is shown once, so as many are to be expected that the text does not show, of those learned early."""
+    alphabet = {letter: index for index, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    vocabulary = alphabet | {"ab": 256, "cd": 257, "ef": 258, "</s>": 259}
+    core = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("c", "d"), ("e", "f")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    counts, _ = counted(whole, ["cd"], 260)
+    expected = expected_counts(Merges(whole), counts)
+    assert expected[[256, 257, 258]].tolist() == pytest.approx([1 / (1 + 1 / 3), 1, 1 / 3 / (1 + 1 / 3)])
+    assert expected[:256].sum() == 0, "bytes stay anyway"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_always_stays_is_enough_for_any_text(kind):
+    whole = KINDS[kind]()
+    small = trimmed_tokenizer(whole, torch.tensor(sorted(Merges(whole).always())))
+    assert_reads_alike(whole, small, ["a b", " a  b ", *strings(20, words=SPECIAL)])
 
 
 def test_which_merge_comes_last_is_found_by_joining():
@@ -212,17 +236,23 @@ def test_which_merge_comes_last_is_found_by_joining():
     assert Merges(whole).parents(5) == (0, 3) and Merges(whole).parents(4) == (0, 1) and Merges(whole).parents(0) == ()
 
 
-def test_ids_around_a_text_are_renumbered():
+@pytest.mark.parametrize("kind", [processors.TemplateProcessing, processors.RobertaProcessing])
+def test_ids_around_a_text_are_renumbered(kind):
     whole = byte_level("gpt-2", vocab_size=400)
     core = whole.backend_tokenizer
-    ends, begins = ((token, core.token_to_id(token)) for token in (SPECIAL[2], "<tool>"))
-    core.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), processors.RobertaProcessing(ends, begins)]
-    )
-    core.enable_padding(pad_id=core.token_to_id("<tool>"), pad_token="<tool>")
-    kept, small = trimmed(whole)
+    begins, ends = (("<tool>", core.token_to_id("<tool>")), (SPECIAL[2], core.token_to_id(SPECIAL[2])))
+    if kind is processors.RobertaProcessing:
+        around = processors.RobertaProcessing(ends, begins)
+    else:
+        around = processors.TemplateProcessing(f"<tool> $A {SPECIAL[2]}", special_tokens=[begins, ends])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
+    kept = kept_words(whole, domain(), "auto", SHARE)
+    core.enable_padding(pad_id=begins[1], pad_token="<tool>")  # until the next call
+    small = trimmed_tokenizer(whole, kept)
+    padding = small.backend_tokenizer.padding
     names = small.convert_ids_to_tokens(small("The")["input_ids"])
     assert names == ["<tool>", "The", SPECIAL[2]] and whole.convert_ids_to_tokens(whole("The")["input_ids"]) == names
+    assert kept[padding["pad_id"]] == begins[1] != padding["pad_id"]
 
 
 REFUSED = {
