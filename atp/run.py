@@ -56,7 +56,7 @@ from atp.inputs.loading import (
 from atp.inputs.precision import autocast_dtype, slow_precision
 from atp.inputs.promises import check_promises, check_target
 from atp.inputs.resolve import resolve
-from atp.inputs.targets import at_share, share_of
+from atp.inputs.targets import share_of
 from atp.models.load import read_model
 from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
@@ -267,15 +267,14 @@ class Run:
         if data.vocabulary is not None:
             shapes = data.vocabulary.shapes(load_shapes(asked.model))
         self.latency = processes.on_main(lambda: measured_target(asked, shapes=shapes))
-        if self.latency is None and shapes is not None:
-            asked = at_share(asked, share_of(asked, shapes))
+        found = self.latency  # of the target, as the words that stay count
+        if found is None and shapes is not None:
+            found = {"target_keep": share_of(asked, shapes)}
         if asked.training.budget:
             (sample, scored), (calibrated, _) = averages(data.train), averages(data.calibration)
-            self.length = measured_length(
-                asked, sample, scored, calibrated=calibrated, latency=self.latency, shapes=shapes
-            )
+            self.length = measured_length(asked, sample, scored, calibrated=calibrated, latency=found, shapes=shapes)
             steps = None if self.length is None else self.length["steps"]
-        config = processes.on_main(lambda: resolve(asked, latency=self.latency, steps=steps))
+        config = processes.on_main(lambda: resolve(asked, latency=found, steps=steps))
         if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
             kept = None if data.vocabulary is None else data.vocabulary.kept
             data = processes.main_first(lambda: load_data(config, tokenizer, kept))

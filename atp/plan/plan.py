@@ -103,7 +103,8 @@ def make_plan(
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
     calibrated = data.get("tokens_per_calibration_window")
     if known is None:
-        length = measured_length(asked, sample, scored, count, calibrated=calibrated, latency=latency, shapes=words)
+        target = {"target_keep": config.decisions.target_keep}
+        length = measured_length(asked, sample, scored, count, calibrated=calibrated, latency=target, shapes=words)
         steps, every = None if length is None else length["steps"], config.evaluation.every
         known = resolve(asked, latency=latency, steps=steps, device=device, shapes=words)
         if known.evaluation.every != every:  # so long a run has a validation split

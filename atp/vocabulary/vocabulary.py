@@ -119,7 +119,7 @@ def words_remark(facts: dict[str, Any]) -> str:
 
 
 def written(path: Path) -> Tensor | None:
-    """The kept ids in a file; None if it is missing or damaged, since choosing again gives the same."""
+    """The kept ids in a file; None if it is missing or damaged: they are then chosen again, and compared."""
     try:
         return load_file(path)[_KEPT]
     except (OSError, KeyError, SafetensorError):
