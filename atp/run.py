@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch.nn import Parameter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.config import ATPConfig, ResolvedConfig
@@ -36,6 +37,7 @@ from atp.inputs.folders import (
     LENGTH,
     RESOLVED,
     SKIPPED,
+    VOCABULARY,
     check_output_dir,
     opened,
     refuse_inputs_inside,
@@ -45,20 +47,23 @@ from atp.inputs.loading import (
     RunData,
     averages,
     check_packages,
+    held_out,
     load_data,
     load_model,
     load_shapes,
     load_tokenizer,
     placed,
+    weights_dtype,
 )
 from atp.inputs.precision import autocast_dtype, slow_precision
 from atp.inputs.promises import check_promises, check_target
 from atp.inputs.resolve import resolve
+from atp.inputs.targets import share_of
 from atp.models.load import read_model
 from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
 from atp.processes import kernels, processes
-from atp.removal.certify import rounding_remark
+from atp.removal.certify import WORDS_CUT, certificate_tokens, rounding_remark
 from atp.removal.masters import store_embeddings
 from atp.report import write_report
 from atp.report.beside import bits_per_byte, perplexity_of
@@ -75,11 +80,13 @@ from atp.training.resume import (
     fingerprints,
     inputs_of,
     of_model_folder,
+    of_words,
     refuse_other_config,
     refuse_other_data,
     refuse_other_inputs,
 )
 from atp.training.trainer import ATPTrainer
+from atp.vocabulary.vocabulary import Vocabulary, words_remark, written
 
 
 class Run:
@@ -112,6 +119,8 @@ class Run:
         processes.start(config.training.sharding, {"--resume": resume} | config.model_dump())
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
         self.latency: dict[str, Any] | None = None  # what was measured for a target in milliseconds
+        self.vocabulary: Vocabulary | None = None  # the words that stay, once the data are known
+        self.params_before = 0  # of the whole model
         self.length: dict[str, Any] | None = None  # what a length in minutes or tokens came to
 
     def execute(self) -> dict[str, Any]:
@@ -136,6 +145,7 @@ class Run:
         self._train(trainer)
         self.say("exporting and certifying")
         progress.begin("export")
+        trainer.certificate.update(self._words_certified())
         trainer.export(self.folder)
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped,
@@ -155,6 +165,7 @@ class Run:
             model = self._tune_dense(model, tokenizer, data)
         samples = data.train, data.calibration
         trainer = ATPTrainer(self.config, model, *samples, validation=data.validation, tokenizer=tokenizer)
+        trainer.params_before = self.params_before
         return trainer, tokenizer, data
 
     def _check(self, summary: dict[str, Any]) -> None:
@@ -188,25 +199,27 @@ class Run:
         return f"continue with --resume (checkpoint {newest(self.folder / 'checkpoints') or 'none yet'})"
 
     def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
-        """Checks everything before anything is written, then opens the folder and scores the original."""
+        """Checks everything before anything is written, then opens the folder and scores the original.
+
+        Returns the model and the tokenizer that are trained: those of the kept words under `vocabulary.keep`.
+        """
         asked = self.asked
         kernels.check_once()
         known = processes.on_main(lambda: begun(asked)) if self.resume else None
-        if known is None:
-            self.latency = processes.on_main(lambda: measured_target(asked))
-        else:
+        kept = processes.on_main(lambda: written(self.folder / VOCABULARY)) if self.resume else None
+        if known is not None:
             measured = processes.on_main(lambda: [read_json(self.folder / name) for name in (LATENCY, LENGTH)])
             self.latency, self.length = measured
         progress.begin("loading")
         processes.on_main(lambda: check_packages(asked.model, asked.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(asked.model))
-        data = processes.main_first(lambda: load_data(known or asked, tokenizer))
-        refuse_other_data(tokenizer, data.splits)
+        data = processes.main_first(lambda: load_data(known or asked, tokenizer, kept))
+        refuse_other_data(data.tokenizer, data.splits)
         config, data = (known, data) if known else self._resolve(tokenizer, data)
         self.config = config
         shapes = load_shapes(config.model)
         check_sharded(config)
-        check_tasks(config, data.splits, tokenizer, shapes)
+        check_tasks(config, data.splits, data.tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
         told = data.splits.remarks[1:] if self.outlined else data.splits.remarks  # the outline describes the data
         said = [*told, *timed, *slow_precision(config), *run_remarks(asked, config, shapes, data)]
@@ -216,29 +229,64 @@ class Run:
         self._check_model(model)
         self.inputs = fingerprints(model, tokenizer, **data.read_in_training)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
+        if data.vocabulary is not None:
+            self.inputs["vocabulary"] = of_words(data.vocabulary.kept)
+            self.vocabulary = data.vocabulary
         processes.on_main(self._start)
         for line in (*(outline(config, model, data) if self.outlined else ()), *said):
             self.say(line)
         if data.splits.skipped:
             processes.on_main(lambda: write_text(self.folder / SKIPPED, "\n".join((*data.splits.skipped, ""))))
-        self._score("original", model, tokenizer, data)
+        self.params_before = sum(parameter.numel() for parameter in model.parameters())
+        whole = data if data.vocabulary is None else replace(data, test=held_out(config, data.splits, tokenizer))
+        self._score("original", model, tokenizer, whole)
         processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
-        return model, tokenizer, data
+        if data.vocabulary is not None:
+            self._trim(data.vocabulary, model, data)
+        return model, data.tokenizer, data
+
+    def _trim(self, vocabulary: Vocabulary, model: PreTrainedModel, data: RunData) -> None:
+        """Takes the words out of the model that do not stay, and records once what that changed."""
+        facts = processes.on_main(self._scores).get("vocabulary")
+        shapes = load_shapes(self.config.model)
+        dtype = weights_dtype(self.config.model, shapes)
+        windows = partial(certificate_tokens, data.calibration) if facts is None and processes.is_main() else None
+        change = vocabulary.trim(placed(model), windows)
+        if facts is None:
+            facts = processes.on_main(
+                lambda: vocabulary.facts(shapes, dtype, data.splits.test) | {"largest_logit_change": change}
+            )
+            processes.on_main(lambda: self._record(vocabulary=facts))
+        self.say(words_remark(facts))
+
+    def _words_certified(self) -> dict[str, Any]:
+        """The certificate's figure of a run with fewer words; none of others."""
+        found = processes.on_main(self._scores).get("vocabulary")
+        return {} if found is None else {WORDS_CUT: found["largest_logit_change"]}
 
     def _resolve(self, tokenizer: PreTrainedTokenizerBase, data: RunData) -> tuple[ResolvedConfig, RunData]:
         """Makes the choices that the config leaves open, by the data and by what was measured; the data under these."""
-        asked, steps = self.asked, None
+        asked, steps, shapes = self.asked, None, None
+        if data.vocabulary is not None:
+            shapes = data.vocabulary.shapes(load_shapes(asked.model))
+        self.latency = processes.on_main(lambda: measured_target(asked, shapes=shapes))
+        found = self.latency  # of the target, as the words that stay count
+        if found is None and shapes is not None:
+            found = {"target_keep": share_of(asked, shapes)}
         if asked.training.budget:
-            self.length = self._measured_length(asked, data)
+            self.length = self._measured_length(asked, data, found, shapes)
             steps = None if self.length is None else self.length["steps"]
-        config = processes.on_main(lambda: resolve(asked, latency=self.latency, steps=steps))
+        config = processes.on_main(lambda: resolve(asked, latency=found, steps=steps))
         if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
-            data = processes.main_first(lambda: load_data(config, tokenizer))
+            kept = None if data.vocabulary is None else data.vocabulary.kept
+            data = processes.main_first(lambda: load_data(config, tokenizer, kept))
         return resolve(config, train=data.train), data
 
-    def _measured_length(self, asked: ATPConfig, data: RunData) -> dict[str, Any] | None:
+    def _measured_length(
+        self, asked: ATPConfig, data: RunData, latency: dict[str, Any] | None, shapes: PretrainedConfig | None
+    ) -> dict[str, Any] | None:
         (sample, scored), (calibrated, _) = averages(data.train), averages(data.calibration)
-        return measured_length(asked, sample, scored, calibrated=calibrated, latency=self.latency)
+        return measured_length(asked, sample, scored, calibrated=calibrated, latency=latency, shapes=shapes)
 
     def _load(self, config: ATPConfig) -> PreTrainedModel:
         """The model that the run begins with."""
@@ -259,6 +307,8 @@ class Run:
         for name, measured in ((LATENCY, self.latency), (LENGTH, self.length)):
             if measured is not None:
                 write_json(self.folder / name, measured)
+        if self.vocabulary is not None and written(self.folder / VOCABULARY) is None:
+            self.vocabulary.write(self.folder / VOCABULARY)
         if saved_config(self.folder, RESOLVED) is None:
             write_text(self.folder / RESOLVED, self.config.dump())
         if saved_config(self.folder) is None:
@@ -463,4 +513,5 @@ class Run:
             "data": data.splits.fingerprints | {"description": data.splits.description},
             "versions": versions(),
             "command": self.command,
+            **({"vocabulary": scores["vocabulary"]} if "vocabulary" in scores else {}),
         } | ({} if self.latency is None else {"latency": self.latency})

@@ -22,6 +22,7 @@ LAYERS = (
     ("atp.plan",),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.inputs",),
+    ("atp.vocabulary",),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.sharding",),
     ("atp.models",),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         GeneratorKind,
         LoraVariant,
         ModelConfig,
+        VocabularyConfig,
     )
     from atp.config.data import DataConfig
     from atp.config.resolved import Definite, ResolvedConfig
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATPConfig", "DataConfig", "DecisionsConfig", "Definite", "EvaluationConfig", "ExportConfig", "GeneratorKind",
-    "LoraVariant", "ModelConfig", "ResolvedConfig", "TrainingConfig",
+    "LoraVariant", "ModelConfig", "ResolvedConfig", "TrainingConfig", "VocabularyConfig",
 ]  # fmt: skip
 __getattr__ = lazily(
-    __name__, config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind LoraVariant ModelConfig",
+    __name__,
+    config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind LoraVariant ModelConfig "
+    "VocabularyConfig",
     data="DataConfig", resolved="Definite ResolvedConfig", training="TrainingConfig",
 )  # fmt: skip

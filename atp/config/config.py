@@ -57,6 +57,16 @@ class ModelConfig(Section):
         return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
+class VocabularyConfig(Section):
+    """Words of the tokenizer that the model keeps (docs/model.md)."""
+
+    keep: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Number of words to keep, the most frequent in the training and calibration texts; auto: those "
+        "that are worth their weights; null: all.",
+    )
+
+
 class DecisionsConfig(Section):
     """Choice of structures to remove (docs/method.md)."""
 
@@ -253,6 +263,7 @@ class ATPConfig(Section):
     )
     seed: int = Field(0, ge=0, description="Random seed.")
     data: DataConfig = Field(default_factory=DataConfig)
+    vocabulary: VocabularyConfig = Field(default_factory=VocabularyConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
     lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

@@ -17,7 +17,7 @@ from atp.ground.files import write_text
 from atp.ground.places import PACKAGED_MODEL
 from atp.ground.reading import existing
 from atp.models.base import FORMS
-from atp.report.beside import NOT_MEASURABLE, counted, unclear
+from atp.report.beside import NOT_MEASURABLE, counted, on_words, unclear
 from atp.report.text import code, plain
 
 _TAGS = ["structural-pruning", "lora"]
@@ -74,7 +74,7 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
 {lacking}* Data recipe: {code(config.data.recipe)}.
-{_beside_lora(config)}{_held(config)}
+{_beside_lora(config)}{_held(config)}{_words(config)}
 {_usage(stock)}"""
     return _card(config, body, tags=["atp", *_TAGS])
 
@@ -88,7 +88,7 @@ def base_card(config: ATPConfig) -> str:
 
 {_origin(config)} with removed structures cut out, {without} in `../adapter`. With that adapter it is the model
 in `../model`; alone it is worse than either.
-
+{_words(config)}
 The licence of the source model applies to this model too.
 """
     return _card(config, body, datasets=None)
@@ -102,7 +102,7 @@ def adapter_card(config: ATPConfig, *, stock: bool = False) -> str:
 {name} with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
 structures cut out. It fits no other model: the uncut one has other shapes, and `../model` already has this adapter
 merged in.
-
+{_words(config)}
 ```python
 {"" if stock else _REGISTERS}from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -188,7 +188,7 @@ def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
         f"| {task} | {metric} | {value:.4g} | {_figure(majority.get(task, {}).get(metric))} |"
         for (task, metric), value in scores.items()
     )
-    told = "".join(f"{line}\n\n" for line in counted(summary.get("perplexity_of")))
+    told = "".join(f"{line}\n\n" for line in [*counted(summary.get("perplexity_of")), *on_words(summary)])
     command = code(summary["command"].replace(" --resume", ""), limit=1000)
     card.text = card.text.partition(_RESULTS)[0] + (
         f"{_RESULTS}\nOn held-out text of the recipe (seed {summary['seed']}):\n\n"
@@ -283,6 +283,16 @@ def _held(config: ATPConfig) -> str:
     return (
         f"* Trained over a base whose decoder linears were held as {FORMS[config.model.load_in].says}; the weights "
         "here are in floating point.\n"
+    )
+
+
+def _words(config: ATPConfig) -> str:
+    """A line on a vocabulary that was trimmed; empty where all words are kept."""
+    if config.vocabulary.keep is None:
+        return ""
+    return (
+        "\nOnly a part of the source model's words is left, under new ids: its tokenizer does not fit this model, "
+        "which has its own.\n"
     )
 
 

@@ -155,6 +155,11 @@ def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
             f"training.{key} trains weights of which training.sharding=fsdp leaves a process a part: leave out one of "
             "them"
         )
+    if config.vocabulary.keep is not None:
+        raise InputError(
+            "vocabulary.keep takes rows out of a whole embedding, of which training.sharding=fsdp leaves a process a "
+            "part: leave out one of them"
+        )
     if config.lora.variant == "dora":
         raise InputError(
             "lora.variant=dora reads the norms of whole rows, of which training.sharding=fsdp leaves a process a part: "

@@ -17,10 +17,19 @@ from atp.ground.reading import existing, read_yaml
 
 CONFIG, RESOLVED, COMPARISON = "config.yaml", "resolved.yaml", "comparison.yaml"
 INPUTS, LATENCY, LENGTH = "inputs.json", "latency.json", "length.json"
+VOCABULARY = "vocabulary.safetensors"
 LAUNCH = ".launch"  # which launch of torchrun was here last
 SKIPPED = "skipped_rows.txt"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
-_BEFORE = {LOCK, LAUNCH, INPUTS, LATENCY, LENGTH, RESOLVED}  # what may lie in the folder of a run that has not begun
+_BEFORE = {
+    LOCK,
+    LAUNCH,
+    INPUTS,
+    LATENCY,
+    LENGTH,
+    RESOLVED,
+    VOCABULARY,
+}  # what may lie in the folder of a run that has not begun
 _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
 
 

@@ -27,9 +27,13 @@ from atp.ground.requirements import require
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.processes import processes
 from atp.spaces.space import MaskSpace
+from atp.vocabulary.choice import kept_words
+from atp.vocabulary.trim import named_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from atp.vocabulary.vocabulary import Vocabulary
 
 Samples = PackedDataset | RaggedDataset | Pieces
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -37,13 +41,18 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples of the three splits, and the samples that training, decisions and perplexity read."""
+    """Examples of the three splits, and the samples that training, decisions and perplexity read.
+
+    tokenizer: what made the samples, the model's own or that of the words which `vocabulary.keep` leaves.
+    """
 
     splits: Splits
     train: Samples
     calibration: Samples
     test: PackedDataset | Pieces
+    tokenizer: PreTrainedTokenizerBase
     validation: Samples | None = None  # where evaluation.every asks for one
+    vocabulary: Vocabulary | None = None  # where vocabulary.keep asks for one
 
     @property
     def read_in_training(self) -> dict[str, Samples]:
@@ -193,11 +202,17 @@ def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> Data
 
 
 @reading("data set")
-def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """The recipe's splits, packed into windows. Raises `InputError` if the data cannot be used."""
+def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, kept: Tensor | None = None) -> RunData:
+    """The recipe's splits, packed into windows. Raises `InputError` if the data cannot be used.
+
+    tokenizer: the model's own. kept: the words that a run has chosen already under `vocabulary.keep`, int64 [words].
+    """
     data = config.data
     check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
+    vocabulary = _vocabulary(config, tokenizer, splits, kept)
+    if vocabulary is not None:
+        tokenizer = vocabulary.tokenizer
 
     def samples(part: Sequence[Example]) -> Samples:
         if data.packing in ("padded", "fitted"):
@@ -218,7 +233,23 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"{train.longer} train samples are longer than data.length ({data.length} tokens) and span several windows"
         )
         splits = replace(splits, description=f"{splits.description}; {cut}")
-    return RunData(splits, train, calibration, held_out(config, splits, tokenizer), validation)
+    test = held_out(config, splits, tokenizer)
+    return RunData(splits, train, calibration, test, tokenizer, validation, vocabulary)
+
+
+def _vocabulary(
+    config: ATPConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits, kept: Tensor | None
+) -> Vocabulary | None:
+    """The words that `vocabulary.keep` leaves: those of the texts that the model is trained and fitted on."""
+    if config.vocabulary.keep is None:
+        return None
+    from atp.vocabulary.vocabulary import Vocabulary, word_share  # the classes of models take seconds to import
+
+    if kept is None:
+        shapes = load_shapes(config.model)
+        texts = (example.text for part in (splits.calibration, splits.train) for example in part)
+        kept = kept_words(tokenizer, texts, config.vocabulary.keep, word_share(shapes), named_ids(shapes))
+    return Vocabulary(kept, tokenizer)
 
 
 def held_out(config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> PackedDataset | Pieces:

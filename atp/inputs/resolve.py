@@ -50,7 +50,8 @@ def resolve(
 def foreseen(config: ATPConfig) -> tuple[ATPConfig, list[str]]:
     """The config as far as it can be resolved without the data and without a measurement, and the keys left open."""
     training, decisions = config.training, config.decisions
-    timed = [f"decisions.{key}" for key in TIMED if getattr(decisions, key) is not None]
+    counted = ("target_params", "target_megabytes") if config.vocabulary.keep == "auto" else ()
+    timed = [f"decisions.{key}" for key in (*TIMED, *counted) if getattr(decisions, key) is not None]
     length = [f"training.{key}" for key in training.budget]
     by_data = [f"training.{key}" for key in ("lr", "update_clipping") if getattr(training, key) is None]
     if not (timed or length):

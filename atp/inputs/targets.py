@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import PretrainedConfig
 
@@ -19,9 +21,10 @@ def share_of(config: ATPConfig, shapes: PretrainedConfig | None = None) -> float
 
     shapes: the model's config, by default read from its config.json. Raises `InputError` for a target that embeddings,
     head and final norm alone exceed, or that the whole model does not reach; and for one in milliseconds, which has to
-    be measured (`atp.plan.latency.measured_target`).
+    be measured (`atp.plan.latency.measured_target`). Words that `vocabulary.keep` removes do not count; under `auto`
+    only shapes without them say how many.
     """
-    decisions = config.decisions
+    decisions, keep = config.decisions, config.vocabulary.keep
     for key in TIMED:
         if getattr(decisions, key) is not None:
             raise InputError(
@@ -30,12 +33,17 @@ def share_of(config: ATPConfig, shapes: PretrainedConfig | None = None) -> float
             )
     if decisions.target_params is None and decisions.target_megabytes is None:
         return decisions.target_keep
-    shapes = load_shapes(config.model) if shapes is None else shapes
+    key = "target_megabytes" if decisions.target_params is None else "target_params"
+    if shapes is None and keep == "auto":
+        raise InputError(
+            f"decisions.{key} counts the words that vocabulary.keep=auto leaves, which only `atp train` and `atp plan` "
+            "know once they have read the data: set vocabulary.keep to a number, or give decisions.target_keep"
+        )
+    shapes = with_words(load_shapes(config.model), keep) if shapes is None else shapes
     if decisions.target_params is not None:
-        key, value, unit = "target_params", float(decisions.target_params), 1.0
+        value, unit = float(decisions.target_params), 1.0
     else:
-        key, value = "target_megabytes", decisions.target_megabytes or 0.0
-        unit = weights_dtype(config.model, shapes).itemsize / 1e6
+        value, unit = decisions.target_megabytes or 0.0, weights_dtype(config.model, shapes).itemsize / 1e6
     share, (least, most) = share_of_total(value / unit, shapes, decisions.space)
     if not 0 < share < 1:
         whole, fixed = _number(most * unit), _number(least * unit)
@@ -44,6 +52,25 @@ def share_of(config: ATPConfig, shapes: PretrainedConfig | None = None) -> float
             "where structures are removed: choose a number between"
         )
     return share
+
+
+def with_words(shapes: PretrainedConfig, keep: str | int | None) -> PretrainedConfig:
+    """The config with the number of words that `vocabulary.keep` names; as it is where that is none.
+
+    Raises `InputError` for more words than the model has.
+    """
+    if not isinstance(keep, int):
+        return shapes
+    if keep > shapes.vocab_size:
+        raise InputError(
+            f"vocabulary.keep is {keep}, but the model's embedding has {shapes.vocab_size} rows: choose a smaller "
+            "number"
+        )
+    shapes = copy.deepcopy(shapes)
+    shapes.vocab_size = keep
+    if shapes.pad_token_id is not None and shapes.pad_token_id >= keep:
+        shapes.pad_token_id = None  # nobody knows its new id yet
+    return shapes
 
 
 def in_shares(config: ATPConfig) -> ATPConfig:

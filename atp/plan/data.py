@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig
@@ -31,9 +32,9 @@ _UNREAD = "the data were not read, because there is no tokenizer: "
 
 
 def data_of(
-    config: ATPConfig, shapes: PretrainedConfig, count: int | None = None
+    config: ATPConfig, shapes: PretrainedConfig, count: int | None = None, kept: Tensor | None = None
 ) -> tuple[dict[str, Any], RunData | None]:
-    """The data section of a plan, and the data. count: of processes, default that of now.
+    """The data section of a plan, and the data. count: of processes, default that of now. kept: as in `load_data`.
 
     Where something is wrong `problem` says so in one sentence, and the section holds what was found until then.
     """
@@ -46,9 +47,9 @@ def data_of(
             tokenizer = load_tokenizer(config.model)
     if found["problem"] is None:
         with _told(found):
-            data = load_data(config, tokenizer)
-            found |= _described(config, tokenizer, data, count or processes.count())
-            found["questions"] = asdict(Questions.of(check_tasks(config, data.splits, tokenizer, shapes)))
+            data = load_data(config, tokenizer, kept)
+            found |= _described(config, data.tokenizer, data, count or processes.count())
+            found["questions"] = asdict(Questions.of(check_tasks(config, data.splits, data.tokenizer, shapes)))
     return found, data
 
 

@@ -26,7 +26,7 @@ from atp.ground import progress
 from atp.ground.environment import device_name
 from atp.ground.errors import InputError
 from atp.inputs.loading import check_prunable, load_shapes, weights_dtype
-from atp.inputs.targets import TIMED
+from atp.inputs.targets import TIMED, with_words
 from atp.processes import processes
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace, Structure
@@ -67,18 +67,21 @@ class LatencyTable:
         return low
 
 
-def measured_target(config: ATPConfig, tables: dict[str, LatencyTable] | None = None) -> dict[str, Any] | None:
+def measured_target(
+    config: ATPConfig, tables: dict[str, LatencyTable] | None = None, shapes: PretrainedConfig | None = None
+) -> dict[str, Any] | None:
     """What a target in milliseconds comes to: {target, target_keep, description, device, table}; None without one.
 
     tables: measured before, by key of the target; what is measured is added, so that several targets come from one
-    measurement. Raises `InputError` for a time that the smallest table entry exceeds or that the whole model meets, and
+    measurement. shapes: the model's config, by default its own with the number of words of `vocabulary.keep`. Raises
+    `InputError` for a time that the smallest table entry exceeds or that the whole model meets, and
     for a model whose layers differ in width.
     """
     asked = {key: value for key in TIMED if (value := getattr(config.decisions, key)) is not None}
     if not asked:
         return None
     ((key, ms),) = asked.items()
-    shapes = load_shapes(config.model)
+    shapes = with_words(load_shapes(config.model), config.vocabulary.keep) if shapes is None else shapes
     check_prunable(config.model, shapes, config.decisions.space)
     space = MaskSpace.from_config(shapes, config.decisions.space)
     if len(space.adapted) < len(space.modules):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from atp.config import ATPConfig, ResolvedConfig
 from atp.config.presets import lengths_below
 from atp.ground.environment import device_name
@@ -33,6 +35,7 @@ def measured_length(
     *,
     calibrated: float | None = None,
     latency: dict[str, Any] | None = None,
+    shapes: PretrainedConfig | None = None,
 ) -> dict[str, Any] | None:
     """What `training.minutes` or `training.tokens` come to: {asked, steps, description}; None without such a key.
 
@@ -40,7 +43,8 @@ def measured_length(
     refit, certificate and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`),
     which takes some seconds; loading, scores before and after, and export come on top. sample, calibrated: tokens of an
     average sample of the training and of the calibration data. scored: share of the former that have a loss. count: of
-    processes, default that of now. latency: as in `resolve`. Raises `InputError` if it comes to fewer than 10 steps.
+    processes, default that of now. latency: as in `resolve`. shapes: the model's config, by default its own. Raises
+    `InputError` if it comes to fewer than 10 steps.
     """
     training = config.training
     if not training.budget:
@@ -51,7 +55,7 @@ def measured_length(
     if key == "tokens":
         steps, found = round(asked / per_step), f"{per_step:,.0f} tokens per step"
     else:
-        steps, found = processes.on_main(lambda: _steps_in(60 * asked, at, sample, scored, calibrated))
+        steps, found = processes.on_main(lambda: _steps_in(60 * asked, at, sample, scored, calibrated, shapes))
     if steps < _LEAST:
         raise InputError(
             f"training.{key} is {asked:g}, which comes to {max(steps, 0)} steps ({found}): give more, for at least "
@@ -67,13 +71,18 @@ def _at(config: ATPConfig, latency: dict[str, Any] | None, steps: int) -> Resolv
 
 
 def _steps_in(
-    seconds: float, at: Callable[[int], ResolvedConfig], sample: float, scored: float, calibrated: float | None = None
+    seconds: float,
+    at: Callable[[int], ResolvedConfig],
+    sample: float,
+    scored: float,
+    calibrated: float | None = None,
+    found: PretrainedConfig | None = None,
 ) -> tuple[int, str]:
     """The number of steps that fit, and how it was found. at: the config of a run with so many steps."""
     steps = _PROBED
     for _ in range(2):  # again where so few steps choose another recipe, which takes another time
         timed = at(steps)
-        fixed, each = _seconds(timed, sample, scored, calibrated)
+        fixed, each = _seconds(timed, sample, scored, calibrated, found)
         steps = int((seconds - fixed) / each)
         if steps < _LEAST or _recipe(at(steps)) == _recipe(timed):
             break
@@ -88,9 +97,12 @@ def _recipe(config: ResolvedConfig) -> tuple[Any, ...]:
     return config.decisions.source, config.decisions.refit_windows, config.evaluation.every
 
 
-def _seconds(at: ResolvedConfig, sample: float, scored: float, calibrated: float | None = None) -> tuple[float, float]:
+def _seconds(
+    at: ResolvedConfig, sample: float, scored: float, calibrated: float | None = None,
+    found: PretrainedConfig | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """Seconds of a run that do not depend on the number of its steps, and seconds per step."""
-    shapes = ModelShapes.of(load_shapes(at.model), at.decisions)
+    shapes = ModelShapes.of(found or load_shapes(at.model), at.decisions)
     autocast, device = autocast_dtype(at.training.precision), processes.device().type
     job = Workload.of(at, shapes, autocast=autocast, device=device, sample=sample, calibrated=calibrated, scored=scored)
     speed = flop_rates(job)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from atp.config import ATPConfig, ResolvedConfig
 from atp.families import family_of
@@ -25,10 +27,11 @@ from atp.inputs.checks import (
     sharding_remark,
     shortfalls,
 )
-from atp.inputs.loading import check_prunable, load_shapes
+from atp.inputs.folders import VOCABULARY
+from atp.inputs.loading import RunData, check_prunable, load_shapes, weights_dtype
 from atp.inputs.precision import autocast_dtype
 from atp.inputs.resolve import resolve
-from atp.inputs.targets import at_share, share_of
+from atp.inputs.targets import at_share, share_of, with_words
 from atp.plan.cost import Flops, PhaseCost, cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
@@ -38,16 +41,19 @@ from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
 from atp.plan.memory import memory_of
 from atp.plan.page import duration, each, size
+from atp.plan.parameters import parameters_of
 from atp.plan.probe import flop_rates, is_quick, seconds_of
 from atp.plan.shapes import ModelShapes
 from atp.processes import processes
 from atp.training.callbacks import check_trackers
 from atp.training.resume import begun
+from atp.vocabulary.vocabulary import sizes_of_words, words_remark, written
 
 _DEVICES = ("cpu", "cuda")
 _NOT_COUNTED = (
     "Generated answers, checkpoints and the timing of the models (three rounds or 20 seconds) are in no figure."
 )
+_BEFORE_WORDS = ("load", "score")  # parts of a run in which the model has all its words
 _KEPT_BY_ALLOCATOR = 1.25  # of the largest part (docs/plan.md)
 _LONG = 3600.0  # seconds from which the largest part is named
 # What makes a part shorter.
@@ -81,36 +87,47 @@ def make_plan(
     check_trackers(asked.training.report_to)
     found, latency, length = load_shapes(asked.model), None, None
     check_prunable(asked.model, found, asked.decisions.space)
+    check_sharded(asked, shared=count > 1 and asked.training.sharding is not None)
+    progress.begin("reading the data")
+    kept = written(Path(asked.output_dir) / VOCABULARY) if known is not None else None
+    read = data_of(known or asked, found, count, kept) if asked.vocabulary.keep == "auto" else None  # sizes go by them
+    words = _words(asked, found, read)
     config = known or asked
     if known is None:
-        latency = measured_target(asked)
-        config = at_share(asked, share_of(asked, found) if latency is None else latency["target_keep"])
+        latency = measured_target(asked, shapes=words)
+        config = at_share(asked, share_of(asked, words) if latency is None else latency["target_keep"])
     check_reachable(config, found)
     check_base_alone(config, count)
-    check_sharded(config, shared=count > 1 and config.training.sharding is not None)
-    progress.begin("reading the data")
-    data, samples = data_of(config, found, count)
+    data, samples = data_of(config, found, count, kept) if read is None else read
     progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
     calibrated = data.get("tokens_per_calibration_window")
     if known is None:
-        length = measured_length(asked, sample, scored, count, calibrated=calibrated, latency=latency)
+        target = {"target_keep": config.decisions.target_keep}
+        length = measured_length(asked, sample, scored, count, calibrated=calibrated, latency=target, shapes=words)
         steps, every = None if length is None else length["steps"], config.evaluation.every
-        known = resolve(asked, latency=latency, steps=steps, device=device, shapes=found)
+        known = resolve(asked, latency=latency, steps=steps, device=device, shapes=words)
         if known.evaluation.every != every:  # so long a run has a validation split
-            data, samples = data_of(known, found, count)
-    config, shapes = known, ModelShapes.of(found, known.decisions, device)
+            kept = None if samples is None or samples.vocabulary is None else samples.vocabulary.kept
+            data, samples = data_of(known, found, count, kept)
+    config, shapes = known, ModelShapes.of(words, known.decisions, device)
     if samples is not None:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
         told = [*shortfalls(config, samples), *few_scored(asked, samples, count)]
         data["shortfalls"] = [*told, *rereads(config, data["steps_per_epoch"])]
     autocast = autocast_dtype(config.training.precision)
     questions = Questions(**data["questions"]) if "questions" in data else None
+    vocabulary = _vocabulary(config, found, words, samples)
     job = Workload.of(
         _within(config, data), shapes, autocast=autocast, device=device, count=count, sample=sample,
         calibrated=calibrated, scored=scored, questions=questions,
     )  # fmt: skip
     memory, rows = memory_of(job), cost_of(job)
+    if words is not found:  # the original is read and scored with all words
+        whole = replace(job, shapes=ModelShapes.of(found, known.decisions, device), before=parameters_of(found))
+        before = {str(row["phase"]): row for row in memory_of(whole) if row["phase"] in _BEFORE_WORDS}
+        memory = [before.get(str(row["phase"]), row) for row in memory]
+        rows = [cost_of(whole)[0], *rows[1:]]
     if probe is None and (device != here or "windows" not in data or not is_quick(job)):
         probe = False
     if probe is not False:
@@ -135,7 +152,7 @@ def make_plan(
             "latency": latency,
         },
         "parameters": {
-            "before": _sized(job.before, job.dtype),
+            "before": _sized(parameters_of(found), job.dtype),
             "after": _sized(job.after, job.dtype),
             "decoder_share": shapes.share,
             "active": _active(job),
@@ -148,6 +165,7 @@ def make_plan(
             }
             for name, layers in shapes.space.by_name().items()
         },
+        "vocabulary": vocabulary,
         "memory": memory,
         "free_memory": free,
         "cost": [
@@ -168,10 +186,39 @@ def make_plan(
         "remarks": [
             *([] if length is None else [f"{length['description']}."]),
             *_remarks(job, data),
+            *_words_remarks(vocabulary),
             *_too_large(job, memory, free),
             *_too_long(rows, speed),
         ],
     }
+
+
+def _words(
+    asked: ATPConfig, found: PretrainedConfig, read: tuple[dict[str, Any], RunData | None] | None
+) -> PretrainedConfig:
+    """The model's config with the words that `vocabulary.keep` leaves; with all of them where nobody can know.
+
+    read: the data, where their number goes by these.
+    """
+    data = None if read is None else read[1]
+    if data is not None and data.vocabulary is not None:
+        return data.vocabulary.shapes(found)
+    return with_words(found, asked.vocabulary.keep)
+
+
+def _vocabulary(
+    config: ATPConfig, found: PretrainedConfig, words: PretrainedConfig, data: RunData | None
+) -> dict[str, Any] | None:
+    """What `vocabulary.keep` comes to: words, parameters, megabytes and tokens of a text; None without the key.
+
+    found, words: the config of the model before and after. A figure that is not known is None.
+    """
+    keep, dtype = config.vocabulary.keep, weights_dtype(config.model, found)
+    if keep is None:
+        return None
+    if data is not None and data.vocabulary is not None:
+        return data.vocabulary.facts(found, dtype, data.splits.test)
+    return sizes_of_words(found, dtype, words.vocab_size if keep != "auto" else None)
 
 
 def _within(config: ResolvedConfig, data: dict[str, Any]) -> ResolvedConfig:
@@ -237,6 +284,16 @@ def _remarks(job: Workload, data: dict[str, Any]) -> list[str]:
         remarks.append("The memory of the dense baseline is not estimated.")
     more = [*recipe(config), *base_remark(config), *sharding_remark(config, job.count), *_offload_remark(job)]
     return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
+
+
+def _words_remarks(vocabulary: dict[str, Any] | None) -> list[str]:
+    """A sentence on the words that stay; none where all do."""
+    if vocabulary is None:
+        return []
+    if vocabulary["words"]["after"] is None:
+        return ["vocabulary.keep=auto goes by the data, without which the figures are those of all words."]
+    line = words_remark(vocabulary)
+    return [line[0].upper() + line[1:] + "."]
 
 
 def _too_large(job: Workload, memory: list[dict[str, Any]], free: int | None) -> list[str]:

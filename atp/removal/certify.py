@@ -39,9 +39,12 @@ MEANING = {
     "masked_vs_cut": "masked model = cut model, largest logit difference as a share of the logit scale",
     "cut_vs_reloaded": "cut and merged model = saved and reloaded model, same measure",
     "merge_error": "weights with the adapter merged in, error as a share of that of rounding once",
+    "vocabulary_gap": "model with all words = model with the words kept, largest difference of their logits",
 }
 LIMITS = {"removed_lora_norm": 0.0, "masked_vs_cut": 1e-3, "cut_vs_reloaded": 1e-3, "merge_error": 1.0}
-"""The largest value of each figure in a correct run, whatever the dtype of its weights."""
+"""The largest value of each figure in a correct run, whatever the dtype of its weights. That of `WORDS_CUT` is 0."""
+WORDS_CUT = "vocabulary_gap"
+"""The figure of a run that keeps a part of the vocabulary (`vocabulary.keep`)."""
 AT_CUT, AT_EXPORT = ("removed_lora_norm", "masked_vs_cut"), ("cut_vs_reloaded", "merge_error")
 USUAL_ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.1}
 """What `rounding_gap` of a tuned model usually stays below, by the dtype of its weights.
@@ -175,16 +178,24 @@ def certify_export(
 
 def holds(name: str, value: object) -> bool:
     """Whether a figure is a number within its limit; NaN is not."""
-    return isinstance(value, (int, float)) and value <= LIMITS[name]
+    return isinstance(value, (int, float)) and value <= limit_of(name)
+
+
+def limit_of(name: str) -> float:
+    """The largest value of a figure in a correct run."""
+    return LIMITS.get(name, 0.0)
 
 
 def failure(certificate: Mapping[str, Any], names: Iterable[str] = tuple(LIMITS)) -> str | None:
-    """What the first of these figures says that is missing, NaN or above its limit; None if all hold."""
-    for name in names:
+    """What the first of these figures says that is missing, NaN or above its limit; None if all hold.
+
+    Also of `WORDS_CUT`, where the certificate has it.
+    """
+    for name in (*names, *([WORDS_CUT] if WORDS_CUT in certificate else [])):
         value = certificate.get(name)
         if not holds(name, value):
             found = f"{value:.2e}" if isinstance(value, (int, float)) else "missing"
-            return f"{name} is {found}, not at most {LIMITS[name]:g} ({MEANING[name]})"
+            return f"{name} is {found}, not at most {limit_of(name):g} ({MEANING[name]})"
     return None
 
 

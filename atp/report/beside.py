@@ -7,6 +7,7 @@ from typing import Any
 
 from atp.evaluation.relative import OF_TEXT
 from atp.report.text import number
+from atp.vocabulary.vocabulary import words_remark
 
 MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
 OTHERS = {"recorded_dense": "tuned dense (recorded)", "majority": "majority label"}
@@ -65,7 +66,8 @@ def effects(summary: Mapping[str, Any]) -> list[str]:
         for task in summary.get("tasks") or ()
         for metric in [main_metric(summary, task)]
     ]
-    scores.append((perplexity_label(summary), [each.get("perplexity") for each in three], 2))
+    key, label, digits = compared_text(summary)
+    scores.append((label, [each.get(key) for each in three], digits))
     return [
         "{}: tuning alone takes the whole model from {} to {}, tuning and cutting to {}.".format(
             name[0].upper() + name[1:], *(number(value, digits) for value in values)
@@ -93,10 +95,41 @@ def scores_of_text(summary: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return found + ([("bits_per_byte", "bits per byte", 3)] if summary.get("bits_per_byte") else [])
 
 
+def compared_text(summary: Mapping[str, Any]) -> tuple[str, str, int]:
+    """(key, label, digits) of the score of held-out text by which the models of a run compare.
+
+    Perplexity is per token, so it compares no models with other vocabularies.
+    """
+    first, *more = scores_of_text(summary)
+    return more[0] if more and summary.get("vocabulary") else first
+
+
 def perplexity_label(summary: Mapping[str, Any]) -> str:
     """What stands before the perplexities of a run."""
     counted = (summary.get("perplexity_of") or {}).get("counted")
     return "held-out perplexity" + (f", {counted}" if counted else "")
+
+
+def parameters(summary: Mapping[str, Any], name: str) -> Any:
+    """Parameters of a model; the tuned dense one has the original's, without words that the run took out."""
+    if name == "final":
+        return summary.get("params_after")
+    before = summary.get("params_before")
+    return None if before is None or name == "majority" else before - _of_words(summary, name, "parameters")
+
+
+def megabytes(summary: Mapping[str, Any], name: str) -> Any:
+    """Megabytes of a model; the tuned dense one has the original's size, without words that the run took out."""
+    sizes = summary.get("megabytes") or {}
+    if name not in ("tuned_dense", "recorded_dense"):
+        return sizes.get(name)
+    return sizes["original"] - _of_words(summary, name, "megabytes") if "original" in sizes else None
+
+
+def _of_words(summary: Mapping[str, Any], name: str, unit: str) -> Any:
+    """What the words take that are not in the dense model that a run tunes."""
+    found = (summary.get("vocabulary") or {}).get(unit) if name == "tuned_dense" else None
+    return found["before"] - found["after"] if found else 0
 
 
 def counted(protocol: Mapping[str, Any] | None) -> list[str]:
@@ -110,7 +143,7 @@ def counted(protocol: Mapping[str, Any] | None) -> list[str]:
 
 def result_remarks(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of these columns must know, one sentence each."""
-    found = counted(summary.get("perplexity_of")) + effects(summary)
+    found = counted(summary.get("perplexity_of")) + effects(summary) + on_words(summary)
     found += [
         f"Majority label of {task}: always {scores['label']!r}, the most frequent answer of the "
         f"{'training' if scores['of'] == 'train' else 'test'} questions."
@@ -120,6 +153,17 @@ def result_remarks(summary: Mapping[str, Any]) -> list[str]:
         command = summary["recorded_dense"]["command"]
         found.append(f"Tuned dense (recorded): not part of this run, but what `{command}` gave earlier.")
     return found + unclear(summary.get("not_measurable") or {})
+
+
+def on_words(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of a run that kept a part of the vocabulary, one sentence each; none of others."""
+    if not summary.get("vocabulary"):
+        return []
+    line = words_remark(summary["vocabulary"])
+    return [
+        f"{line[0].upper()}{line[1:]}.",
+        "Perplexity is per token, and the original model has other tokens: bits per byte compares them.",
+    ]
 
 
 def unclear(why: Mapping[str, str]) -> list[str]:

@@ -167,6 +167,7 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
         **bits_per_byte(models),
         "tasks": scored,
         "majority": _section(evaluation, "majority"),
+        "vocabulary": _section(evaluation, "vocabulary"),
         **{task: {name: taken[task] for name, taken in tasks.items()} for task in scored},
         "speed": {name: scores["speed"] for name, scores in models.items() if "speed" in scores},
         "megabytes": {name: size.get("megabytes") for name, size in sizes.items()},

@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from atp.report import beside, plots
-from atp.report.beside import METRICS
+from atp.report.beside import METRICS, megabytes
 from atp.report.files import RunFiles
-from atp.report.sections import megabytes, with_interval
+from atp.report.sections import with_interval
 from atp.report.text import number
 
 

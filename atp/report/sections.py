@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from atp.removal.certify import LIMITS, MEANING, failure, holds
+from atp.removal.certify import MEANING, failure, holds, limit_of
 from atp.report import beside, plots
 from atp.report.beside import METRICS, MODELS, NOT_MEASURABLE
 from atp.report.files import RunFiles
@@ -37,8 +37,6 @@ def scores(run: RunFiles) -> dict[str, Any]:
     """Quality, size and speed of the original, the tuned dense and the final model, and the majority label's scores."""
     summary = run.summary
     columns = beside.columns(summary)
-    params = {"original": "params_before", "tuned_dense": "params_before", "recorded_dense": "params_before",
-              "final": "params_after"}  # fmt: skip
     decoder = {"final": summary.get("keep_decoder"), "majority": None}
     rows: list[tuple[str, list[str]]] = []
     for task in summary.get("tasks", ()):
@@ -49,9 +47,9 @@ def scores(run: RunFiles) -> dict[str, Any]:
     for key, label, digits in beside.scores_of_text(summary) if columns else ():
         cells = [with_interval(c.get(key), c.get(f"{key}_interval"), digits) for c in columns.values()]
         rows.append((f"{label} ↓", cells))
-    rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
+    rows.append(("parameters", [_millions(beside.parameters(summary, name)) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
-    rows.append(("megabytes", [number(megabytes(summary, name), 0) for name in columns]))
+    rows.append(("megabytes", [number(beside.megabytes(summary, name), 0) for name in columns]))
     for kind in ("prefill", "decode"):
         rate = f"{kind}_tokens_per_second"
         speeds = [_get(summary, "speed", name) or {} for name in columns]
@@ -120,7 +118,7 @@ def certificate(run: RunFiles) -> dict[str, Any]:
     checks = []
     for key, label in MEANING.items():
         if key in run.certificate:
-            value, limit = run.certificate[key], LIMITS[key]
+            value, limit = run.certificate[key], limit_of(key)
             checks.append((label, number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", holds(key, value)))
     facts = [(key, str(value)) for key, value in run.certificate.items() if key not in (*MEANING, "limits")]
     return {"checks": checks, "facts": facts}
@@ -143,12 +141,6 @@ def with_interval(value: object, bounds: list[float] | None, digits: int) -> str
     if value is None or not bounds:
         return number(value, digits)
     return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
-
-
-def megabytes(summary: dict[str, Any], name: str) -> Any:
-    """Megabytes of a model; the tuned dense one has the original's size."""
-    sizes = summary.get("megabytes") or {}
-    return sizes.get("original" if name in ("tuned_dense", "recorded_dense") else name)
 
 
 def _by_layer(size: Any, layers: list[Any]) -> list[int]:
@@ -177,13 +169,17 @@ def _cards(run: RunFiles) -> Iterator[Card]:
     elif summary.get("not_measurable"):
         note = "the tuned dense model does not clearly beat the majority label"
         yield _card("relative performance", NOT_MEASURABLE, note)
+    if summary.get("vocabulary"):
+        words = summary["vocabulary"]["words"]
+        yield _card("words kept", f"{words['after']:,}", f"of {words['before']:,}")
     for task in summary.get("tasks", ()):
         metric = beside.main_metric(summary, task)
         values = {name: scored.get(metric) for name, scored in summary[task].items()}
         floor = _get(summary, "majority", task, metric)
         yield from _score_card(f"{task} {METRICS[metric]}", values, 3, {beside.OTHERS["majority"]: floor})
     if summary.get("perplexity"):
-        yield from _score_card("perplexity", summary["perplexity"], 2)
+        key, label, digits = beside.compared_text(summary)
+        yield from _score_card(label if key != "perplexity" else key, summary[key], digits)
     old, new = (_get(summary, "speed", name, "decode_tokens_per_second") for name in ("original", "final"))
     if old and new:
         yield _card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")

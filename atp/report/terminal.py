@@ -10,7 +10,17 @@ from rich.text import Text
 
 from atp.ground.errors import visible
 from atp.removal.certify import failure
-from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, result_remarks, scores_of_text
+from atp.report.beside import (
+    MODELS,
+    NOT_MEASURABLE,
+    OTHERS,
+    answers,
+    columns,
+    megabytes,
+    parameters,
+    result_remarks,
+    scores_of_text,
+)
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -31,12 +41,10 @@ def show(summary: dict[str, Any], console: Console) -> None:
         cells = (with_interval(c.get(key), c.get(f"{key}_interval"), digits) for c in shown.values())
         table.add_row(label, *cells)
     models = [name for name in shown if name != "majority"]
-    params = {"final": summary["params_after"]}
-    table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))
+    table.add_row("parameters", *(f"{parameters(summary, m):,}" for m in models))
     keep = {"final": summary["keep_decoder"]}
     table.add_row("share of the decoder", *(f"{keep.get(m, 1.0):.3f}" for m in models))
-    sizes = summary["megabytes"]
-    table.add_row("megabytes", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
+    table.add_row("megabytes", *(f"{megabytes(summary, m):.0f}" for m in models))
     for what in ("prefill", "decode"):
         rate, speeds = f"{what}_tokens_per_second", [summary["speed"].get(m, {}) for m in models]
         digits = 0 if any(s.get(rate, 0) >= 100 for s in speeds) else 1

@@ -7,12 +7,12 @@ from typing import Any
 
 from atp.ground.errors import InputError
 from atp.ground.reading import read_yaml
-from atp.report.beside import MODELS, OTHERS
+from atp.report.beside import MODELS, OTHERS, compared_text
 from atp.report.files import RunFiles
 from atp.report.text import number
 
 GLOSSARY = (
-    ("decoder", "All layers of the model; embeddings and the output head are not part of it and are never cut."),
+    ("decoder", "All layers of the model, without embeddings and output head, which no decision cuts."),
     ("KV group", "A key and value head with the query heads that read it."),
     ("MLP channel", "One of the inner units of a layer's MLP, with its weights in all three matrices."),
     ("open, search, settle, tune", "The phases of a run: LoRA on the whole model; LoRA under masks that move; LoRA of "
@@ -64,7 +64,12 @@ def _sentences(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[str]
         scored = {model: values.get("macro_f1") for model, values in summary[task].items()}
         constant = ((summary.get("majority") or {}).get(task) or {}).get("macro_f1")
         yield from _compared(f"Its macro-F1 in {task}", scored | {"majority": constant}, 3)
-    yield from _compared("Its perplexity on held-out text", summary.get("perplexity") or {}, 2)
+    if summary.get("vocabulary"):
+        words = summary["vocabulary"]["words"]
+        yield f"It has {words['after']:,} of {words['before']:,} words, and spells all others with these."
+    key, label, digits = compared_text(summary)
+    what = "perplexity on held-out text" if key == "perplexity" else f"score on held-out text, in {label},"
+    yield from _compared(f"Its {what}", summary.get(key) or {}, digits)
     speed = summary.get("speed") or {}
     if {"original", "final"} <= speed.keys():
         times = [

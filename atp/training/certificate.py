@@ -13,7 +13,7 @@ from atp.ground.errors import NotReached
 from atp.ground.files import write_json
 from atp.lora.controller import MaskController
 from atp.removal import check_certificate, compare, reference_logits
-from atp.removal.certify import AT_CUT, LIMITS, USUAL_ROUNDING, dtype_name
+from atp.removal.certify import AT_CUT, LIMITS, USUAL_ROUNDING, WORDS_CUT, dtype_name
 
 
 def masked_logits(model: CausalLM, controller: MaskController, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def at_cut(reference: Tensor, model: CausalLM, tokens: Tensor, removed_lora_norm
 
 def write_certificate(path: Path, certificate: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
     """Writes the figures with their limits, the dtype of the weights and that of the comparison; returns all of it."""
+    limits = LIMITS | ({WORDS_CUT: 0.0} if WORDS_CUT in certificate else {})
     usual = {"rounding_gap_usually_below": USUAL_ROUNDING[certificate["dtype"]]}
-    written = certificate | {"tokens": tokens.numel(), "computed_in": "float32", "limits": LIMITS} | usual
+    written = certificate | {"tokens": tokens.numel(), "computed_in": "float32", "limits": limits} | usual
     write_json(path, written)
     return written

@@ -189,6 +189,11 @@ def _of_tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 
 
+def of_words(kept: Tensor) -> str:
+    """SHA-256 of the words that `vocabulary.keep` leaves, int64 [words]."""
+    return _of_text([_of_tensor(kept)])
+
+
 def of_samples(split: Dataset) -> str:
     digest = hashlib.sha256()
     # Stored samples are read faster in order than one by one.

@@ -24,6 +24,7 @@ from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.ground import heap
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable
+from atp.inputs.folders import VOCABULARY
 from atp.inputs.loading import load_data, load_model, load_tokenizer
 from atp.inputs.resolve import resolve
 from atp.lora.layer import add_lora
@@ -43,9 +44,10 @@ from atp.training.distill import Teacher
 from atp.training.loop import Loop
 from atp.training.loss import causal_of
 from atp.training.pruning import Pruning
-from atp.training.resume import begun, fingerprints
+from atp.training.resume import begun, fingerprints, of_words
 from atp.training.schedule import Phases
 from atp.training.steps import open_step, search_step, settle_step, tune_step
+from atp.vocabulary.vocabulary import written
 
 
 class ATPTrainer(Loop):
@@ -94,12 +96,15 @@ class ATPTrainer(Loop):
         """Loads tokenizer, data and model that the config names. Raises `InputError` for what is wrong with them."""
         config = begun(config) or resolve(config)
         tokenizer = load_tokenizer(config.model)
-        data = load_data(config, tokenizer)
+        data = load_data(config, tokenizer, written(Path(config.output_dir) / VOCABULARY))
         model = load_model(config.model, config.decisions.space)
         check_reachable(config, model.config)
         inputs = fingerprints(model, tokenizer, **data.read_in_training)
+        if data.vocabulary is not None:
+            inputs["vocabulary"] = of_words(data.vocabulary.kept)
+            data.vocabulary.trim(model)
         trainer = cls(
-            config, model, data.train, data.calibration, validation=data.validation, tokenizer=tokenizer,
+            config, model, data.train, data.calibration, validation=data.validation, tokenizer=data.tokenizer,
             callbacks=callbacks,
         )  # fmt: skip
         trainer.inputs = inputs  # those of the model as it was loaded

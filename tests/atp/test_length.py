@@ -180,7 +180,7 @@ def at_steps(config):
 def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, minutes, steps, asked):
     probed = []
 
-    def seconds(config, sample, scored, calibrated):
+    def seconds(config, sample, scored, calibrated, found):
         probed.append(config.decisions.source)
         return {"running": 10.0, "tuned": 30.0}[config.decisions.source], 1.0
 
@@ -193,7 +193,7 @@ def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, mi
 def test_a_longer_recipe_is_taken_only_where_its_time_is_left(monkeypatch, seconds, steps):
     """From 400 steps on the refit reads more windows: 410 steps with fewer would fit, and with more 335."""
 
-    def times(config, sample, scored, calibrated):
+    def times(config, sample, scored, calibrated, found):
         return {96: 10.0, 192: 85.0}[config.decisions.refit_windows], 1.0
 
     monkeypatch.setattr(length, "_seconds", times)

@@ -45,13 +45,13 @@ class BaselineRun(Run):
 
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
-        params_before = sum(p.numel() for p in model.parameters())
         adapt = self._adapter_of(model, self.config)
         seconds: dict[str, float] = {}
         if self.baseline is not None:
             model, seconds = self._apply(self.baseline, model, data)
         tuner = self._tune(adapt(model), data)
-        certificate = self._export(tuner, tokenizer, data, params_before)
+        certificate = self._export(tuner, tokenizer, data, self.params_before)
+        certificate |= self._words_certified()
         facts = {**self.facts, "certificate": certificate, "skipped_steps": tuner.finite.skipped,
                  **tuner.validation.summary(tuner.step)}  # fmt: skip
         clock = tuner.clock

@@ -175,7 +175,8 @@ class Members:
         """
 
         def look(inputs: dict[str, str]) -> dict[str, Any] | None:
-            if arm.rival is None and not any(override.startswith(("model.", "data.")) for override in arm.overrides):
+            own = ("model.", "data.", "vocabulary.")
+            if arm.rival is None and not any(override.startswith(own) for override in arm.overrides):
                 refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
                 # Members in other processes write it too: one that replaces it first takes the temporary file along.
                 with suppress(FileNotFoundError):

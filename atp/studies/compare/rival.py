@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.baselines.tuner import LoraTuner, stock_lora
 from atp.config import ATPConfig, TrainingConfig
@@ -50,10 +50,12 @@ def rival_config(config: ATPConfig, model: str, seconds: float | None) -> ATPCon
     """
     values = config.model_dump(mode="json")
     values["model"] = {"path": model, "dtype": config.model.dtype}
+    values["vocabulary"] = {}
     keep = config.decisions.target_keep
     values["decisions"] = {"target_keep": keep, "source": "static", "saliency_windows": 1, "refit_windows": 0}
     default = TrainingConfig.model_fields["steps"].default
     values["training"] |= {"steps": default, "open": 0, "search": 0, "settle": 0, "tune": config.training.total}
+    values["training"] |= {"after_cut": "lora", "embeddings": False, "full_lr": None, "embeddings_lr": None}
     if seconds is not None:
         values["training"] |= {"minutes": seconds / 60, "tune": 1}
     made = ATPConfig.parse(values)
@@ -102,7 +104,9 @@ class RivalRun(BaselineRun):
         windows = packed_windows(data.test, tokenizer)
         return windows, windows_of(windows, self.text, self.config.evaluation.windows)
 
-    def _measured_length(self, asked: ATPConfig, data: RunData) -> dict[str, Any] | None:
+    def _measured_length(
+        self, asked: ATPConfig, data: RunData, latency: dict[str, Any] | None, shapes: PretrainedConfig | None
+    ) -> dict[str, Any] | None:
         """The steps that the time comes to, by the first ones of this model on its own samples."""
         if asked.training.minutes is None:
             return None

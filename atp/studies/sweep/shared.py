@@ -14,7 +14,7 @@ from atp.config import ATPConfig
 from atp.config.resolved import ResolvedTraining
 from atp.ground.errors import InputError
 from atp.ground.files import read_json, whole_folder, write_json, write_text
-from atp.inputs.folders import CONFIG, INPUTS, LATENCY, RESOLVED
+from atp.inputs.folders import CONFIG, INPUTS, LATENCY, RESOLVED, VOCABULARY
 from atp.inputs.promises import check_target
 from atp.inputs.resolve import resolve
 from atp.processes import processes
@@ -26,7 +26,7 @@ from atp.training.resume import for_target
 from atp.training.trainer import ATPTrainer
 
 DONE = "shared.json"
-_TAKEN = (INPUTS, "evaluation.json", "metrics.jsonl")  # what a target's folder takes over as it is
+_TAKEN = (INPUTS, VOCABULARY, "evaluation.json", "metrics.jsonl")  # what a target's folder takes over as it is
 
 
 class SharedRun(Run):

@@ -69,8 +69,8 @@ def test_json_holds_the_whole_plan(command, config):
     found = json.loads(out)
     assert code == 0 and [line[9:] for line in err.splitlines()] == PHASES
     assert list(found) == [
-        "model", "decisions", "parameters", "widths", "memory", "free_memory", "cost", "exchange", "quick_probe",
-        "flops_per_second", "data", "exports", "remarks",
+        "model", "decisions", "parameters", "widths", "vocabulary", "memory", "free_memory", "cost", "exchange",
+        "quick_probe", "flops_per_second", "data", "exports", "remarks",
     ]  # fmt: skip
     assert found["decisions"]["target_keep"] == 0.62
     after = found["parameters"]["after"]
