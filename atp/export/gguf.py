@@ -263,6 +263,7 @@ class _Weight:
 
     heads: number of heads whose rows take the order that neighbours=True wants, or 0. rotated: how many rows of each
     RoPE rotates, its first ones; still: a factor of the others. exact: whether it stays float32, as routers do.
+    sources: the model's tensors that it joins; none where it is one of them.
     """
 
     tensor: Tensor
@@ -272,6 +273,7 @@ class _Weight:
     factor: float = 1.0
     offset: float = 0.0
     exact: bool = False
+    sources: tuple[Tensor, ...] = ()
 
     def values(self) -> np.ndarray:
         """As the file holds them, in float32."""
@@ -285,12 +287,17 @@ class _Weight:
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
 
     def take(self, values: np.ndarray) -> None:
-        """The inverse of `values`: sets the tensor, which is float32."""
+        """The inverse of `values`: sets the tensor, or those that it joins, which are float32."""
         found = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.tensor.shape)
+        found = found / self.factor - self.offset
         if self.heads:
-            turned = found.view(self.heads, -1, 2, *found.shape[1:])  # [heads, row in half of a head, half, ...]
-            found = turned.transpose(1, 2).reshape(self.tensor.shape)
-        self.tensor.copy_(found / self.factor - self.offset)
+            by_head = found.view(self.heads, -1, *found.shape[1:])
+            turning, still = by_head[:, : self.rotated], by_head[:, self.rotated :]
+            turning = turning.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # [heads, half, row in it, ...]
+            found = torch.cat([turning, still / self.still], 1).view(found.shape)
+        targets = self.sources or (self.tensor,)
+        for target, part in zip(targets, found.split([len(target) for target in targets]), strict=True):
+            target.copy_(part)
 
 
 def _layers(config: CutConfig) -> list[int]:
@@ -452,7 +459,8 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     router = family.router if isinstance(family, ExpertFamily) else None
     shapes = _held_shapes(config)
     places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
-    stored = joined(model.state_dict(), family) if architecture.glm else model.state_dict()
+    state = model.state_dict()
+    stored, fused = (joined(state, family), family.fused) if architecture.glm else (state, {})
     own = ((_LAYER.sub(lambda found: places[found[0]], name), each) for name, each in stored.items())
     for name, tensor in (*own, *_zeros(config)):
         module = name.rsplit(".", 2)[-2]
@@ -470,7 +478,10 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
             raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
         offset = 1.0 if family.unit_offset and "norm" in module else 0.0
         exact = router is not None and f".{router}." in name
-        yield found, _Weight(tensor, heads, family.rotated(config), rope.still, folded.get(module, 1.0), offset, exact)
+        split = [(whole, part) for whole, parts in fused.items() if f".{whole}." in name for part in parts]
+        sources = tuple(state[name.replace(whole, part)] for whole, part in split)
+        rotated, factor = family.rotated(config), folded.get(module, 1.0)
+        yield found, _Weight(tensor, heads, rotated, rope.still, factor, offset, exact, sources)
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -78,10 +78,10 @@ def half(name):
 STOPS = {
     "before the export": (ATPTrainer, "export", {}),
     "in the base": half("base"),
-    "before the model": (hf, "merge_adapter", {}),
+    "before the model": (hf, "as_stored", {}),
     "after the model": (hf, "certify_export", {}),
     "in the adapter": half("adapter"),
-    "before the base": (hf, "base_of", {}),
+    "before the base": (hf, "as_stored", {"when": lambda _, merged=True: not merged}),
     "before the certificate": (trainers, "write_certificate", {}),
     "after the certificate": (trainers, "write_certificate", {"after": True}),
     "in the model": half("model"),

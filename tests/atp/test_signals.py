@@ -35,7 +35,7 @@ PLACES = {
     "scoring the dense baseline": (runs, "evaluate_model", signal.SIGINT, 1),
     "saliency": (pruning, "fisher_saliency", signal.SIGHUP),
     "cut": (pruning, "cut_model", signal.SIGTERM),
-    "export": (hf, "merge_adapter", signal.SIGINT),
+    "export": (hf, "as_stored", signal.SIGINT),
     "certificate": (hf, "certify_export", signal.SIGHUP),
     "scoring the result": (runs, "evaluate_model", signal.SIGTERM, 2),
     "report": (runs, "write_report", signal.SIGHUP),
@@ -78,7 +78,7 @@ def test_a_comparison_ends_and_goes_on(config, tmp_path, monkeypatch):
         Comparison(config, ["random"], [0], tmp_path / name, resume=resume, command="atp compare").execute()
 
     compare("whole")
-    for where, name in ((baseline_run, "write_tensors"), (hf, "merge_adapter"), (tuner, "set_seed")):
+    for where, name in ((baseline_run, "write_tensors"), (hf, "as_stored"), (tuner, "set_seed")):
         with monkeypatch.context() as patch:
             signalled(patch, where, name, signal.SIGTERM)
             with pytest.raises(Interrupted, match="^interrupted by signal 15: continue with --resume$"):

@@ -152,7 +152,7 @@ def test_a_wrong_export_misses_one(folder, tmp_path, monkeypatch, dtype, wrong):
     merged = merge_adapter(model)
     # Nothing that is shared with the model may change with it.
     spoiled = exported_wrongly(model, copy.deepcopy(merged), wrong)
-    monkeypatch.setattr(hf, "merge_adapter", lambda _: spoiled)
+    monkeypatch.setattr(hf, "as_stored", lambda _: spoiled)
     certificate = hf.export_model(model, tmp_path, None, tokens(), "card")
     with pytest.raises(NotReached, match="merge_error"):
         check_certificate(certificate, AT_EXPORT)
