@@ -165,10 +165,10 @@ class SkippedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """Zeros like hidden_states. A cache gets keys of no width, so that it knows how long the text is."""
+        """Zeros like hidden_states. A cache gets a number per token, as the first layer's says how long a text is."""
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None:
-            states = hidden_states[:, None, :, :0]
+            states = torch.zeros_like(hidden_states[:, None, :, :1])  # those of no width count as no text
             cache.update(states, states, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 

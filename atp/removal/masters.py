@@ -35,8 +35,8 @@ def stored_dtype(model: PeftModel | PreTrainedModel) -> torch.dtype:
     """
     if isinstance(model, PeftModel):
         base: Any = model.get_base_model()
-        dtype: torch.dtype = base.get_decoder().norm.weight.dtype
-        return dtype
+        norm = getattr(base.get_decoder(), "norm", None)  # families that cannot be cut have other names
+        return cast(torch.dtype, base.dtype if norm is None else norm.weight.dtype)
     return cast(torch.dtype, model.config.dtype)
 
 

@@ -9,6 +9,7 @@ import psutil
 import pytest
 from launched_runs import assert_equal, end_of_each, ended, start, wait_for_steps, write_settings
 from tiny_folder import edited, moved_weights
+from transformers import LlamaConfig
 
 from atp.config import ATPConfig
 from atp.ground.errors import InputError
@@ -201,7 +202,7 @@ def test_settings_that_need_whole_weights_are_refused(config, shared, overrides,
 
 
 def test_a_gguf_file_is_refused(config, shared, monkeypatch):
-    monkeypatch.setattr("atp.inputs.loading.load_shapes", lambda model: None)
+    monkeypatch.setattr("atp.inputs.loading.load_shapes", lambda model: LlamaConfig())
     monkeypatch.setattr("atp.inputs.loading.check_prunable", lambda *arguments: None)
     source = {"path": "x", "gguf_file": "x.gguf", "revision": None}
     monkeypatch.setattr("atp.inputs.loading._source", lambda model: source)

@@ -71,12 +71,12 @@ def _zero_vo(layer, kept):
 
 
 def _zero_mlp(layer, kept):
-    inner = layer.mlp.down_proj.in_features
-    removed = _removed(kept, inner)
-    for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-        for rows in _rows(linear, inner):
+    *producers, end = (module for module in layer.mlp.children() if isinstance(module, torch.nn.Linear))
+    removed = _removed(kept, end.in_features)
+    for linear in producers:
+        for rows in _rows(linear, end.in_features):
             rows[removed] = 0
-    layer.mlp.down_proj.weight[:, removed] = 0
+    end.weight[:, removed] = 0
 
 
 def _zero_kv_group(layer, kept):

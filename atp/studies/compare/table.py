@@ -12,7 +12,7 @@ BEST_FIRST = {"perplexity": "perplexity ↓", "bits_per_byte": "bits per byte �
               "relative_performance": "relative performance ↑"}  # fmt: skip
 
 _OTHER_TOKENS = " *"
-_WIDE = ("all kept", "parameters", "training tokens", "tokens/s", "seeds")
+_WIDE = ("all kept", "parameters", "MB", "training tokens", "tokens/s", "seeds")
 
 
 def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -44,7 +44,10 @@ def silenced(model, gone):
     """A copy of a stock model in which these blocks give nothing: their last linear is zero, bias included."""
     model = copy.deepcopy(model)
     for layer, block in gone:
-        for parameter in getattr(model.model.layers[layer].get_submodule(block), ENDS[block]).parameters():
+        *_, end = (
+            m for m in model.model.layers[layer].get_submodule(block).children() if isinstance(m, torch.nn.Linear)
+        )
+        for parameter in end.parameters():
             parameter.zero_()
     return model
 
@@ -127,9 +130,16 @@ def test_a_saved_model_reloads_and_generates_with_a_cache_what_it_does_without(n
         ("attention",) if kind == "self_attn" else ("mlp",), ("mlp",), (),
     ]  # fmt: skip
     assert logit_gap(cut, again, ids).absolute == 0
-    expected = again.generate(ids, use_cache=False, **GREEDY)
-    assert torch.equal(again.generate(ids, **GREEDY), expected)
-    assert torch.equal(cut.generate(ids, **GREEDY), expected)
+    if dtype == torch.float32:  # in bfloat16 passes of another shape round otherwise, and near-ties turn
+        expected = again.generate(ids, use_cache=False, **GREEDY)
+        assert torch.equal(again.generate(ids, **GREEDY), expected)
+        assert torch.equal(cut.generate(ids, **GREEDY), expected)
+    start, rest = ids.split([3, ids.shape[1] - 3], dim=1)
+    cache = again(start, use_cache=True).past_key_values
+    found, whole = again(rest, past_key_values=cache).logits, again(ids).logits  # by a caller that gives no positions
+    assert_close(
+        found, whole[:, 3:], rtol=0, atol=float(whole.abs().max()) * (1e-5 if dtype == torch.float32 else 0.03)
+    )
 
 
 def test_a_process_of_its_own_loads_the_model(tmp_path):

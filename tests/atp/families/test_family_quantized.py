@@ -6,6 +6,7 @@ from tiny_families import SPACES, build, random_mask, tokens
 from transformers import AutoModelForCausalLM
 
 from atp.export.quantized import SCHEMES
+from atp.families import family_of
 from atp.models.load import read_model
 from atp.models.stock import save_model
 from atp.removal import cut_model
@@ -28,4 +29,6 @@ def test_int8_of_a_cut_model_is_read_back(tmp_path, name, space):
     assert type(again) is type(quantized)
     found = again(tokens()).logits
     assert torch.equal(found, quantized(tokens()).logits)
-    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+    # Without a gate the activation is a square, which doubles relative errors.
+    most = 0.1 if len(family_of(whole.config).mlp) == 3 else 0.2
+    assert 0 < (found - expected).abs().max() < most * expected.abs().max()

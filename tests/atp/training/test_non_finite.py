@@ -214,8 +214,9 @@ def test_a_cut_that_gives_no_numbers_ends_the_run_there(tmp_path, monkeypatch):
     original = trainer.pruning.become_cut
 
     def spoiled():
-        original()
-        trainer.pruning.model.get_base_model().model.norm.weight.data[0] = NAN
+        cut = original()
+        cut.get_base_model().model.norm.weight.data[0] = NAN
+        return cut
 
     monkeypatch.setattr(trainer.pruning, "become_cut", spoiled)
     with pytest.raises(NotReached, match="masked_vs_cut is nan"):
