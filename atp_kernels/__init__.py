@@ -1,5 +1,7 @@
 """Masked LoRA linears, group lasso and compaction for training that prunes: numerics only, on torch alone."""
 
+import os
+
 from atp_kernels import layers, nn
 from atp_kernels.call import available_backends, explain
 from atp_kernels.compaction import compact
@@ -18,6 +20,14 @@ from atp_kernels.quantized import QuantizedWeight
 from atp_kernels.rotary import rotary_embedding
 from atp_kernels.selftest import selftest
 from atp_kernels.swiglu import masked_lora_swiglu
+
+PRODUCTS_HELD = 4096
+"""Compiled products that oneDNN holds on a CPU, one per shape, unless the environment says otherwise.
+
+It takes half a millisecond to compile one, and holds 1,024 by itself. Layers of different widths, and steps of
+different numbers of tokens, have more shapes than that. oneDNN reads the variable at its first product.
+"""
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_HELD))
 
 __all__ = [
     "GroupPlan",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from atp.plan.job import Workload
+import math
 
-MOST = 1024  # that it keeps at once
+from atp.plan.job import Workload
+from atp_kernels import PRODUCTS_HELD
+
 BYTES = 280 * 1024  # of each, as measured
 OF_STEPS = 3 + 5 + 3  # of a linear with its adapter: a LoRA step forward and backward, and the certificate's windows
 
@@ -14,7 +16,7 @@ def compiled_bytes(job: Workload, batches: int) -> int:
 
     The cut leaves each layer a width of its own where layers may differ: of the structure that makes up the rest of a
     budget, since saliency hardly removes any other. Each batch of questions has a length of its own; those of windows
-    share one.
+    share one. Padded batches of training have about as many lengths as an average sample has tokens.
     """
     shapes = job.shapes
     layers = 1 if job.config.decisions.uniform else shapes.layers
@@ -24,5 +26,6 @@ def compiled_bytes(job: Workload, batches: int) -> int:
         own = {cut.module for s in shapes.space.layer(0) if s.remainder for cut in s.cuts} & linears.keys()
         sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         rest = {size for name, size in sizes.items() if name not in own}
-        products += OF_STEPS * (layers * len({sizes[name] for name in own}) + len(rest))
-    return min(products, MOST) * BYTES
+        lengths = min(math.ceil(job.sample), job.phases.tune) if job.config.data.packing == "padded" else 1
+        products += OF_STEPS * lengths * (layers * len({sizes[name] for name in own}) + len(rest))
+    return min(products, PRODUCTS_HELD) * BYTES

@@ -16,7 +16,7 @@ from hashlib import sha256 as digest_of
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.baselines.tuner import DENSE, stock_lora
 from atp.config import ATPConfig, ModelConfig
@@ -36,7 +36,7 @@ from atp.ground.locking import locked
 from atp.ground.places import PACKAGED_MODEL, refuse_no_model, run_of
 from atp.ground.reading import existing
 from atp.ground.requirements import find, require
-from atp.inputs.folders import RESOLVED
+from atp.inputs.folders import RESOLVED, VOCABULARY
 from atp.inputs.loading import (
     check_length,
     check_vocabulary,
@@ -55,6 +55,7 @@ from atp.report.beside import main_metric
 from atp.studies.frontier_table import Row, write_pages
 from atp.training import checkpoint as checkpoints
 from atp.training.resume import of_model_folder
+from atp.vocabulary.vocabulary import Vocabulary, written
 
 BITS = {16: "f16", 8: "q8_0", 4: "q4_1"}
 """The files of a model, as `atp.export.gguf.DTYPES` names what is in them."""
@@ -69,7 +70,7 @@ class Model:
     """A model of the frontier.
 
     kind: cut; dense, the original tuned whole; original, untuned; or rival, any other one. run: the run folder that
-    has only the adapter of a tuned dense model.
+    has only the adapter of a tuned dense model, which has the words that the run kept.
     """
 
     name: str
@@ -78,10 +79,27 @@ class Model:
     run: Path | None = None
 
     @cached_property
-    def shapes(self) -> CutConfig:
-        """The config as that of a cut model. Raises `InputError` for unknown families and quantized weights."""
-        config: Any = load_shapes(self.place)
+    def vocabulary(self) -> Vocabulary | None:
+        """The words of a tuned dense model whose run trimmed them; None where the model's files say all."""
+        kept = None if self.run is None else written(self.run / VOCABULARY)
+        return None if kept is None else Vocabulary(kept, load_tokenizer(self.place))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that the model was tuned with."""
+        return load_tokenizer(self.place) if self.vocabulary is None else self.vocabulary.tokenizer
+
+    @cached_property
+    def stock(self) -> PretrainedConfig:
+        """The config of the model. Raises `InputError` for quantized weights."""
+        config = load_shapes(self.place)
         refuse_quantized(self.place, config)
+        return config if self.vocabulary is None else self.vocabulary.shapes(config)
+
+    @cached_property
+    def shapes(self) -> CutConfig:
+        """The config as that of a cut model. Raises `InputError` for unknown families."""
+        config: Any = self.stock
         return config if is_cut(config) else CutConfig.from_whole(config)
 
     @cached_property
@@ -113,6 +131,8 @@ class Model:
         """The model in float32, an adapter merged in."""
         progress.begin(f"loading {self.name}")
         model = load_any_model(self.place)
+        if self.vocabulary is not None:
+            self.vocabulary.trim(model)
         adapter = None if self.run is None else _adapter(self.run)
         if self.run is None or adapter is None:
             return model
@@ -198,10 +218,9 @@ class Scores:
 
     def check(self, model: Model) -> None:
         """Raises `InputError` for a model that cannot be scored or written."""
-        tokenizer, shapes = load_tokenizer(model.place), load_shapes(model.place)
-        check_vocabulary(model.place, tokenizer)
-        check_length(shapes, self.config.data.length)
-        check_tasks(self.config, self.splits(tokenizer), tokenizer, shapes)
+        check_vocabulary(model.place, load_tokenizer(model.place))
+        check_length(model.stock, self.config.data.length)
+        check_tasks(self.config, self.splits(model.tokenizer), model.tokenizer, model.stock)
         architecture_of(model.shapes, model.where)
 
     def of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Row:
@@ -276,14 +295,13 @@ def _rows_of(model: Model, scores: Scores, known: list[Row], out: Path, say: Cal
     before = {bits: sources.get((model.fingerprint, bits), {}) for bits in BITS}
     there = {bits: path.is_file() and sha256(path) == before[bits].get("sha256") for bits, path in paths.items()}
     measured = {row["sha256"]: row for row in known if row["scored_on"] == scores.fingerprint}
-    tokenizer = load_tokenizer(model.place)
     loaded = None if all(there.values()) else model.load()
     facts = {"name": model.name}
     for bits, path in paths.items():
         if not there[bits] and loaded is not None:
             path.unlink(missing_ok=True)
             say(f"{model.name}: writing {path.name}")
-            write_gguf(loaded, model.shapes, tokenizer, model.architecture, BITS[bits], path, facts)
+            write_gguf(loaded, model.shapes, model.tokenizer, model.architecture, BITS[bits], path, facts)
     rows: list[Row] = []
     for bits, path in paths.items():
         found = str(before[bits]["sha256"]) if there[bits] else sha256(path)
@@ -292,7 +310,7 @@ def _rows_of(model: Model, scores: Scores, known: list[Row], out: Path, say: Cal
             loaded = loaded or model.load()
             say(f"{model.name}: scoring {path.name}")
             read_back(loaded, model.shapes, model.architecture, path)
-            row = dict.fromkeys(_SPEEDS) | scores.of(loaded, tokenizer, path.name)
+            row = dict.fromkeys(_SPEEDS) | scores.of(loaded, model.tokenizer, path.name)
         own = {"model": model.name, "kind": model.kind, "bits": bits, "megabytes": path.stat().st_size / 1e6}
         told = {"file": path.name, "sha256": found, "source": model.fingerprint, "scored_on": scores.fingerprint}
         rows.append(own | row | own | told)  # what is taken over may have had another name

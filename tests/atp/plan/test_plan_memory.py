@@ -8,6 +8,7 @@ from tiny_plans import LENGTH, RANK, VOCAB, job, unequal_job
 
 from atp.plan.job import Questions
 from atp.plan.memory import memory_of
+from atp_kernels import PRODUCTS_HELD
 
 # Linears of a layer, as rows times columns: q and o, k and v, gate, up and down.
 WHOLE = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 256 * 96
@@ -213,7 +214,8 @@ def test_products_that_stay_compiled():
     steps = 11 * (2 * 2 + 3)  # of gate and up, and down, in both layers; of q, k and v, and o, in all
     assert kept() == steps + 4 * 2 * 7, "windows, three batches of questions, widths of their own in both layers"
     assert kept("decisions.uniform=true") == 11 * (2 + 3) + 4 * 7
-    assert kept(sequences=100_000) == 1024
+    assert kept("data.packing=padded", sequences=0, sample=3.5) == 4 * steps + 2 * 7, "of samples of four tokens"
+    assert kept(sequences=100_000) == PRODUCTS_HELD
     assert kept(sequences=0) == steps + 2 * 7 and kept(autocast=None) == 0 == kept(device="cuda")
 
 

@@ -47,11 +47,11 @@ def settings(*overrides):
     )
 
 
-def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, count=None, **changes):
+def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, count=None, sample=None, **changes):
     """The job of a plan for a tiny model."""
     config = resolve(settings(*overrides))
     shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
-    return Workload.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count)
+    return Workload.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count, sample=sample)
 
 
 def unequal_job(*overrides, scored=1.0):
