@@ -7,9 +7,11 @@ import json
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
 
 from atp.ground.errors import InputError
 
@@ -77,10 +79,10 @@ class LlamaCpp:
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """The ids of a text; special: with what the tokenizer puts around it, and with special tokens recognized."""
-        body = json.dumps({"content": text, "add_special": special, "parse_special": special}).encode()
-        request = Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=60) as response:
-            return json.load(response)["tokens"]
+        body = json.dumps({"content": text, "add_special": special, "parse_special": special})
+        with closing(HTTPConnection(urlsplit(self.server.listening_address).netloc, timeout=60)) as connection:
+            connection.request("POST", "/tokenize", body.encode(), {"Content-Type": "application/json"})
+            return json.load(connection.getresponse())["tokens"]
 
     def _complete(self, ids: Iterable[int], **options: Any) -> dict[str, Any]:
         answer = self.server.handle_completions({"prompt": list(map(int, ids)), "cache_prompt": False, **options})
