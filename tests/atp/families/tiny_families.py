@@ -1,9 +1,13 @@
 """A tiny random model of every family, with everything switched on that sets the family apart."""
 
 import torch
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
 from atp.models.fused import split_projections
+from atp.removal import cut_model
 from atp.spaces import space_names
 
 VOCAB, LAYERS = 64, 3
@@ -128,3 +132,28 @@ def random_mask(space, seed=1, keep=0.6):
         if structure.size:  # of a block that the layer lacks there is none
             mask[structure.start] = True
     return mask
+
+
+def with_adapter(model, space):
+    """The model in float64 with a random adapter of rank 2."""
+    wrapped = add_lora(model, space, r=2, alpha=4.0, dropout=0.0).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for n, p in wrapped.named_parameters() if "lora_" in n):
+        parameter.data = 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return wrapped
+
+
+@torch.no_grad()
+def cut_as_masked(wrapped, space, mask):
+    """The cut model, which computes what the masked one does; and the logits of each form of the mask.
+
+    Form "hard" slices the base weights where "base" masks them; only "sum" masks the adapter.
+    """
+    controller, ids, found = MaskController(wrapped, space), tokens(), {}
+    for form in ("sum", "base", "hard"):
+        with controller.masks(mask, form):
+            found[form] = wrapped(ids).logits
+    cut = cut_model(wrapped, space, mask)
+    assert_close(found["sum"], cut(ids).logits, rtol=0, atol=1e-10)
+    assert_close(found["hard"], found["base"], rtol=0, atol=1e-10)
+    return cut, found

@@ -105,15 +105,18 @@ def softly(model, shapes):
     return model, frozen(model)
 
 
+def pass_of(family, autocast):
+    capped = family == "gemma2"
+    return Pass(
+        2 if autocast else 4, 4, RANK, short=SHORT if autocast and not capped else 0, capped=SHORT if capped else 0
+    )
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_step(family, autocast):
     found, shapes = per_token_and_layer(family, "mlp", plain, autocast=autocast)
-    capped = family == "gemma2"
-    how = Pass(
-        2 if autocast else 4, 4, RANK, short=SHORT if autocast and not capped else 0, capped=SHORT if capped else 0
-    )
-    assert kept_by_training(shapes, shapes.whole[0], how) == found
+    assert kept_by_training(shapes, shapes.whole[0], pass_of(family, autocast)) == found
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
@@ -138,10 +141,7 @@ def whole(model, shapes):
 def test_a_step_of_all_weights(family, autocast):
     """An estimate in families whose norms or blocks are not Llama's."""
     found, shapes = per_token_and_layer(family, "mlp", whole, autocast=autocast)
-    capped = family == "gemma2"
-    how = Pass(
-        2 if autocast else 4, 4, RANK, short=SHORT if autocast and not capped else 0, capped=SHORT if capped else 0
-    )
+    how = pass_of(family, autocast)
     exact = family in ("llama", "mistral", "qwen2", "granite")
     assert kept_by_full(shapes, shapes.whole[0], how) == (found if exact else pytest.approx(found, rel=0.15))
 
