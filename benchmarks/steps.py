@@ -1,6 +1,6 @@
 """Whole training steps by phase, with the product's own classes: open, decision, search, and tune after the cut.
 
-A random-weight Llama of the named sizes trains on random tokens; LoRA sits on all seven linears. `part` is the mask
+A random-weight Llama of the named sizes trains on random tokens; LoRA sits on all its linears. `part` is the mask
 space. Weights are float32 on a CPU and of the case's dtype on a GPU; a 16-bit dtype means autocast. All variants of
 a case share the frozen base weights, and all but stock PEFT compute the loss as the trainer does.
 """
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp.config import DecisionsConfig, TrainingConfig
 from atp.data import collate
@@ -23,6 +23,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedPeftLinear, add_lora
 from atp.lora.regularizers.lasso import LoraGroups
 from atp.models.attention import use_training_attention
+from atp.models.fused import split_projections
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 from atp.training.flat import FlatParameters
@@ -46,24 +47,28 @@ class UnfusedMaskedLinear(MaskedPeftLinear):
         )  # fmt: skip
 
 
-def random_model(sizes: Model, length: int, dtype: torch.dtype) -> nn.Module:
-    """A Llama of these sizes with random weights of a dtype, for windows of at least `length` tokens."""
-    config = LlamaConfig(
-        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
+def random_model(sizes: Model, length: int, dtype: torch.dtype, family: str = "llama") -> nn.Module:
+    """A Llama of these sizes with random weights of a dtype, for windows of at least `length` tokens.
+
+    family: another `model_type` in place of Llama's, with the settings that transformers gives it.
+    """
+    config = AutoConfig.for_model(
+        family, vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.head_dim, tie_word_embeddings=sizes.tied, max_position_embeddings=max(2048, length),
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return split_projections(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 class Scene:
     """What the steps of one case share: base model, tokens, mask space and masks at the share to keep."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, family: str = "llama") -> None:
         self.case, sizes = case, case.sizes
         torch.manual_seed(0)
         with torch.device(case.device):
-            self.base = random_model(sizes, case.length, self._weight_dtype())
+            self.base = random_model(sizes, case.length, self._weight_dtype(), family)
         self.base.requires_grad_(False).train()
         ids = torch.randint(sizes.vocab, (case.tokens // case.length, case.length))
         batch = collate([{"input_ids": row, "labels": row} for row in ids])

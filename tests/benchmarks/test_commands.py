@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cpu_ops, gate, overhead, training
+from benchmarks import cpu_ops, families, gate, overhead, training
 from benchmarks.case import Case, Op, Variant, Work
 from benchmarks.gate import Mark, conclude
 from benchmarks.limits import Limits
@@ -159,3 +159,20 @@ def test_marks_of_training_take_the_better_dtype_of_each_side():
         (round(28 / 20 / 1.4615, 3), 0.9, True), (round(28 / 14 / 1.9, 3), 0.9, True),
         (2.0, 1.0, True), (1.25, 1.25, True), (0.938, 1.0, False), (1.15, 1.15, True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("speed", "status"), [(0.9, 0), (0.89, 1)])
+def test_steps_of_families_beside_llamas(speed, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "ratio", lambda llamas, ours: speed)
+    given = "gemma3_text olmo2 phi3 --model tiny --batch 2 --length 8 --rank 2 --threads 1 --rounds 2 --dtype float32"
+    assert families.main([*given.split(), "--out", str(tmp_path)]) == status
+    rows = read(tmp_path / "families.csv")
+    assert [(row["family"], row["step"]) for row in rows] == [
+        (family, step) for family in ("gemma3_text", "olmo2", "phi3") for step in ("open", "tune", "refit")
+    ]
+    assert {row["family"]: row["space"] for row in rows} == {
+        "gemma3_text": "kv_group",
+        "olmo2": "mlp",
+        "phi3": "kv_group",
+    }
+    assert all(float(row["ms"]) > 0 and float(row["llama_ms"]) > 0 for row in rows)
