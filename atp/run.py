@@ -18,7 +18,7 @@ from atp.config import ATPConfig, ResolvedConfig
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
-from atp.evaluation.perplexity import ScoredWindows
+from atp.evaluation.perplexity import ScoredWindows, bytes_of, windows_of
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.export.card import add_results, license_of
@@ -120,6 +120,7 @@ class Run:
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
         self.latency: dict[str, Any] | None = None  # what was measured for a target in milliseconds
         self.vocabulary: Vocabulary | None = None  # the words that stay, once the data are known
+        self.text: int | None = None  # bytes of held-out text that a model of other words is scored on
         self.params_before = 0  # of the whole model
         self.length: dict[str, Any] | None = None  # what a length in minutes or tokens came to
 
@@ -240,6 +241,8 @@ class Run:
         self.params_before = sum(parameter.numel() for parameter in model.parameters())
         whole = data if data.vocabulary is None else replace(data, test=held_out(config, data.splits, tokenizer))
         self._score("original", model, tokenizer, whole)
+        if data.vocabulary is not None:
+            self.text = bytes_of(*self._windows(whole, tokenizer))
         processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         if data.vocabulary is not None:
             self._trim(data.vocabulary, model, data)
@@ -401,9 +404,12 @@ class Run:
         return scores
 
     def _windows(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> tuple[ScoredWindows, int]:
-        """The held-out windows, and how many of them are scored."""
+        """The held-out windows, and how many of them are scored: those that hold `text`, where it is known."""
         count = self.config.evaluation.windows
-        return packed_windows(data.test, tokenizer, count), count
+        if self.text is None:
+            return packed_windows(data.test, tokenizer, count), count
+        windows = packed_windows(data.test, tokenizer)
+        return windows, windows_of(windows, self.text, count)
 
     def _time(self, load: Callable[[], CausalLM]) -> None:
         """Times the original and the final model in turns, unless that is done, so that their ratio is fair."""

@@ -198,6 +198,10 @@ def experiment(
         "runs/experiments"
     ),
     out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
+    sealed: Annotated[
+        bool,
+        typer.Option("--sealed", help="Run nothing, and score finished runs once on the sealed half of the test data."),
+    ] = False,
     on: On = "here",
     resource: Resource = None,
     at_once: AtOnce = None,
@@ -221,8 +225,9 @@ def experiment(
 
     _note()
     question = Experiment(
-        name, overrides or [], runs=runs, out=out, domains=recipes, seeds=drawn, command=_command(), engine=engine
-    )
+        name, overrides or [], runs=runs, out=out, domains=recipes, seeds=drawn, command=_command(), engine=engine,
+        sealed=sealed,
+    )  # fmt: skip
     content = question.execute()
     shown = Table("arm", *content["domains"], title=f"{content['question']} Perplexity:")
     for label in dict.fromkeys(label for found in content["domains"].values() for label in found):

@@ -34,6 +34,11 @@ class DataConfig(Section):
     general: str | None = Field(None, description="General text among the calibration samples; null: the recipe's.")
     labels: tuple[str, ...] = Field((), description="Allowed answers of recipe custom, for questions scored by label.")
     label_names: tuple[str, ...] = Field((), description="Names of the labels 0, 1, ... for rows that hold numbers.")
+    test_half: Literal["open", "sealed"] | None = Field(
+        None,
+        description="Half of the test documents that is scored: the open one, the sealed one that no choice has seen, "
+        "or null for both.",
+    )
     test_share: float = Field(
         0.2, gt=0, lt=1, description="Share of all documents for the test split, without test data."
     )

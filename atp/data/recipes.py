@@ -15,7 +15,7 @@ from atp.data.mini import MINI_RECIPES
 from atp.data.questions import QUESTION_RECIPES
 from atp.data.settings import DataSettings
 from atp.data.sources import Sources, described, read_sources, weighed
-from atp.data.splits import Splits, split_off
+from atp.data.splits import Splits, half, split_off
 from atp.ground.errors import InputError, shorten
 
 
@@ -35,7 +35,17 @@ def load_recipe(settings: DataSettings) -> Splits:
         raise InputError("data.test_share and data.calibration_share leave no training text: make their sum below 1")
     if settings.general_share is not None and not 0 <= settings.general_share < 1:
         raise InputError(f"data.general_share is {settings.general_share}: choose a number from 0 to below 1")
-    return RECIPES[settings.recipe](settings)
+    splits = RECIPES[settings.recipe](settings)
+    if settings.test_half is None:
+        return splits
+    test = half(splits.test, settings.test_half)
+    if not test:
+        raise InputError(
+            f"the {settings.test_half} half of {len(splits.test)} test examples is empty: leave out data.test_half, or "
+            "give more test documents"
+        )
+    said = f"{splits.description}, of which the {settings.test_half} half, {len(test)}, is scored"
+    return replace(splits, test=test, description=said)
 
 
 def custom(settings: DataSettings) -> Splits:

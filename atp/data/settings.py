@@ -14,6 +14,7 @@ class DataSettings:
     """What to load and how to split it.
 
     recipe: a key of `RECIPES`. seed: decides which documents go to which split.
+    test_half: scores one half of the test documents alone (`atp.data.splits.half`); None scores all of them.
     test_share, calibration_share: share of all documents, for splits without a source of their own (mini recipes and
     `custom`). validation_share: of the documents that are left for training, after that; 0 makes no such split.
     general_share: share of general text in the calibration examples; None is the recipe's own, about a
@@ -34,6 +35,7 @@ class DataSettings:
 
     recipe: str = "health-mini"
     seed: int = 0
+    test_half: Literal["open", "sealed"] | None = None
     test_share: float = 0.2
     calibration_share: float = 0.1
     validation_share: float = 0.0

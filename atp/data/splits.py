@@ -112,6 +112,16 @@ def split_off(
     return take(examples, documents[count:], key), take(examples, documents[:count], key)
 
 
+def half(examples: Sequence[Example], name: str) -> Sequence[Example]:
+    """The examples of the open or of the sealed half of all documents, in their order.
+
+    A document's words alone decide which half it is in, so no seed moves it into the other one.
+    """
+    ids, wanted = values(examples, "document"), int(name == "sealed")
+    drawn = {document: hashlib.sha256(f"sealed:{document}".encode()).digest()[0] % 2 for document in set(ids)}
+    return chosen(examples, [place for place, document in enumerate(ids) if drawn[document] == wanted])
+
+
 def _check_disjoint(first: str, one: Sequence[Example], second: str, two: Sequence[Example]) -> None:
     ids = values(two, "document")
     shared = set(values(one, "document")).intersection(ids)

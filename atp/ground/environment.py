@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -17,14 +18,32 @@ _PACKAGES = ("atp-kernels", "torch", "triton", "transformers", "peft", "accelera
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of our dependencies; `absent` for those that are not installed."""
+    """Versions of Python and of our dependencies; `absent` for those that are not installed.
+
+    In a checkout also its commit, with a + if tracked files differ from it.
+    """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    return found
+    commit = commit_of(Path(__file__).parents[2])
+    return found if commit is None else found | {"commit": commit}
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of the checkout at `root`; None where there is none, or no git."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30)
+            for arguments in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + "+" * bool(changed.stdout)
 
 
 def slow_kernels() -> str | None:

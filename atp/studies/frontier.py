@@ -7,12 +7,10 @@ are dequantized in float32 into the model that transformers runs. llama.cpp also
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256 as digest_of
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp.baselines.tuner import DENSE, stock_lora
 from atp.config import ATPConfig, ModelConfig
-from atp.data import Splits, load_recipe
 from atp.data.packages import smollm2_gguf
-from atp.evaluation import evaluate_model, packed_windows
-from atp.evaluation.inference import bars
 from atp.evaluation.llama_cpp import rates
-from atp.evaluation.perplexity import windows_of
-from atp.evaluation.scored_tasks import check_tasks, scored_tasks
 from atp.export.gguf import Architecture, architecture_of, read_back, write_gguf
 from atp.families import is_cut
 from atp.ground import heap, progress
@@ -38,21 +31,18 @@ from atp.ground.reading import existing
 from atp.ground.requirements import find, require
 from atp.inputs.folders import RESOLVED, VOCABULARY
 from atp.inputs.loading import (
-    check_length,
     check_vocabulary,
-    data_settings,
-    held_out,
     load_any_model,
     load_shapes,
     load_tokenizer,
     refuse_quantized,
-    scored_text,
 )
 from atp.models.config import CutConfig
 from atp.models.load import commit
 from atp.removal import merge_adapter
 from atp.report.beside import main_metric
 from atp.studies.frontier_table import Row, write_pages
+from atp.studies.scores import Scores
 from atp.training import checkpoint as checkpoints
 from atp.training.resume import of_model_folder
 from atp.vocabulary.vocabulary import Vocabulary, written
@@ -206,45 +196,20 @@ def _adapter(run: Path) -> Path | None:
     return checkpoints.newest(run / DENSE / "checkpoints")
 
 
-class Scores:
-    """Scores of models on the test data of a run, in float32."""
+def _check(model: Model, scores: Scores) -> None:
+    """Raises `InputError` for a model that cannot be scored or written."""
+    check_vocabulary(model.place, load_tokenizer(model.place))
+    scores.check(model.stock, model.tokenizer)
+    architecture_of(model.shapes, model.where)
 
-    def __init__(self, config: ATPConfig) -> None:
-        self.config, self.text = config, scored_text(config)
 
-    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        """The data as a model reads them, whose chat template conversations are written with."""
-        return load_recipe(data_settings(self.config, tokenizer))
-
-    def check(self, model: Model) -> None:
-        """Raises `InputError` for a model that cannot be scored or written."""
-        check_vocabulary(model.place, load_tokenizer(model.place))
-        check_length(model.stock, self.config.data.length)
-        check_tasks(self.config, self.splits(model.tokenizer), model.tokenizer, model.stock)
-        architecture_of(model.shapes, model.where)
-
-    def of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Row:
-        """Bits per byte of the text that the run scores, and the main metric of each task, with intervals."""
-        config, settings, splits = self.config, self.config.evaluation, self.splits(tokenizer)
-        windows = packed_windows(held_out(config, splits, tokenizer), tokenizer)
-        with progress.Bars(transient=True) as display:
-            scores: dict[str, Any] = evaluate_model(
-                model, tokenizer, windows, splits.test, tasks=scored_tasks(config, splits), seed=config.seed,
-                batch_size=settings.batch_size, max_windows=windows_of(windows, self.text, settings.windows),
-                max_examples=settings.questions, progress=bars(display, f"scoring {name}"),
-            )  # fmt: skip
-        row = _figure("bits_per_byte", scores, "bits_per_byte")
-        for task, found in scores["tasks"].items():
-            metric = main_metric({task: {"": found}}, task)
-            row |= _figure(f"{task} {metric}", found, metric)
-        return row
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """What the figures depend on beside the model: the data and how much of them is scored."""
-        scored = {key: getattr(self.config.evaluation, key) for key in ("windows", "questions", "generate")}
-        told = [scored, self.config.data.model_dump(mode="json"), self.config.seed, self.text]
-        return digest_of(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+def _figures(scores: dict[str, Any]) -> Row:
+    """Bits per byte of the text that the run scores, and the main metric of each task, with intervals."""
+    row = _figure("bits_per_byte", scores, "bits_per_byte")
+    for task, found in scores["tasks"].items():
+        metric = main_metric({task: {"": found}}, task)
+        row |= _figure(f"{task} {metric}", found, metric)
+    return row
 
 
 def _figure(name: str, scores: dict[str, Any], key: str) -> Row:
@@ -268,7 +233,7 @@ def frontier(
     check_writable(out, "--out")
     scores = Scores(config)
     for model in models:
-        scores.check(model)
+        _check(model, scores)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         remove_leftovers(out)
@@ -310,7 +275,7 @@ def _rows_of(model: Model, scores: Scores, known: list[Row], out: Path, say: Cal
             loaded = loaded or model.load()
             say(f"{model.name}: scoring {path.name}")
             read_back(loaded, model.shapes, model.architecture, path)
-            row = dict.fromkeys(_SPEEDS) | scores.of(loaded, model.tokenizer, path.name)
+            row = dict.fromkeys(_SPEEDS) | _figures(scores.of(loaded, model.tokenizer, path.name))
         own = {"model": model.name, "kind": model.kind, "bits": bits, "megabytes": path.stat().st_size / 1e6}
         told = {"file": path.name, "sha256": found, "source": model.fingerprint, "scored_on": scores.fingerprint}
         rows.append(own | row | own | told)  # what is taken over may have had another name

@@ -17,7 +17,7 @@ from tiny_folder import save
 import atp_kernels
 from atp.cli import cli
 from atp.cli.console import _Console
-from atp.ground.environment import slow_kernels
+from atp.ground.environment import commit_of, slow_kernels
 from atp_kernels._version import __version__
 
 AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
@@ -243,3 +243,18 @@ def test_the_recorded_command_holds_no_typed_token(monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setattr(sys, "argv", ["atp", "train", "c.yaml", f"model.revision={commit}", "training.tokens=12345678"])
     assert cli._command() == " ".join(sys.argv), "neither a commit nor a count of tokens is secret"
+
+
+def test_the_commit_of_a_checkout(tmp_path):
+    """Rows of experiments name it; a + says that files differ from it."""
+    assert commit_of(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert commit_of(tmp_path) is None, "nothing is committed"
+    (tmp_path / "file").write_text("one")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert commit_of(tmp_path) == head[:10]
+    (tmp_path / "file").write_text("two")
+    assert commit_of(tmp_path) == head[:10] + "+"

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.baselines.tuner import LoraTuner, stock_lora
 from atp.config import ATPConfig, TrainingConfig
 from atp.data import load_recipe
-from atp.evaluation import packed_windows
-from atp.evaluation.perplexity import ScoredWindows, windows_of
 from atp.evaluation.scored_tasks import check_tasks
 from atp.families import FAMILIES, UnsupportedModel, family_name, family_of
 from atp.ground import heap, progress
@@ -98,11 +96,6 @@ class RivalRun(BaselineRun):
         except UnsupportedModel:
             return partial(stock_lora, config=config)
         return partial(add_lora, space=space, **config.lora.model_dump(), seed=config.seed)
-
-    def _windows(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> tuple[ScoredWindows, int]:
-        """As many windows as hold the text that the others are scored on."""
-        windows = packed_windows(data.test, tokenizer)
-        return windows, windows_of(windows, self.text, self.config.evaluation.windows)
 
     def _measured_length(
         self, asked: ATPConfig, data: RunData, latency: dict[str, Any] | None, shapes: PretrainedConfig | None

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from atp.config import ATPConfig
 from atp.data import Task, load_recipe
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.ground.environment import device_name, versions
@@ -20,11 +21,13 @@ from atp.inputs.precision import refuse_open
 from atp.inputs.targets import in_shares
 from atp.processes import processes
 from atp.report.beside import perplexity_of
+from atp.studies.compare.arms import Arm
 from atp.studies.compare.members import Members
 from atp.studies.compare.results import Member, results, unmeasurable
 from atp.studies.engines import Engine, Here, Job, carry_out
 from atp.studies.experiments.pictures import draw
 from atp.studies.experiments.rows import append_rows, member_row
+from atp.studies.experiments.sealed import SEALED, Sealed, sealed
 from atp.studies.experiments.spec import ExperimentSpec
 from atp.training.schedule import Phases
 
@@ -47,14 +50,16 @@ class Experiment:
         seeds: list[int] | None = None,
         command: str,
         engine: Engine | None = None,
+        sealed: bool = False,
     ) -> None:
         """domains and seeds replace those of the file. engine: what runs the runs; by default this process does.
 
-        Raises `InputError` if the file is not valid.
+        sealed: runs nothing, but scores finished runs on the sealed half of the test data, each once, for
+        NAME-sealed.csv. Raises `InputError` if the file is not valid.
         """
         self.spec, path = ExperimentSpec.load(name)
-        self.name, self.runs, self.out, self.command = path.stem, runs, out, command
-        self.engine = engine or Here()
+        self.name, self.runs, self.out, self.command = path.stem + "-sealed" * sealed, runs, out, command
+        self.engine, self.sealed = engine or Here(), Sealed() if sealed else None
         self.arms = self.spec.labelled_arms()
         self.seeds = seeds or self.spec.seeds
         self.configs = {
@@ -83,11 +88,13 @@ class Experiment:
         processes.on_main(self._check_members)
         self._splits = processes.main_first(
             lambda: {
-                domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))
+                domain: load_recipe(data_settings(self._scored(members.config), load_tokenizer(members.config.model)))
                 for domain, members in self._members.items()
             }
         )
         processes.on_main(self._check_tasks)
+        if self.sealed is not None:
+            return processes.on_main(lambda: self._write({}))
         with ExitStack() as folders:
             for members in self._members.values():
                 resume = processes.on_main((members.folder / COMPARISON).exists)
@@ -128,7 +135,8 @@ class Experiment:
             domains[domain], not_measurable[domain] = results(*compared), unmeasurable(*compared)
             for (label, seed), member in finished.items():
                 folder = members.path(self.arms[label], seed)
-                row = member_row(member, folder, self._tasks(domain), members.config, majority[domain])
+                finished_in = "summary.json" if self.sealed is None else SEALED
+                row = member_row(member, folder, self._tasks(domain), members.config, majority[domain], finished_in)
                 rows.append({"experiment": self.name, "domain": domain, "arm": label, "seed": seed} | row)
         content = {
             "question": self.spec.question,
@@ -152,7 +160,17 @@ class Experiment:
         return content
 
     def _finished(self, members: Members) -> dict[tuple[str, int], Member | None]:
-        return {(label, seed): members.read(arm, seed) for label, arm in self.arms.items() for seed in self.seeds}
+        return {
+            (label, seed): self._read(members, arm, seed) for label, arm in self.arms.items() for seed in self.seeds
+        }
+
+    def _read(self, members: Members, arm: Arm, seed: int) -> Member | None:
+        member = members.read(arm, seed)
+        return member if member is None or self.sealed is None else self.sealed.member(members.path(arm, seed), member)
+
+    def _scored(self, config: ATPConfig) -> ATPConfig:
+        """The settings with the half of the test data that is scored."""
+        return config if self.sealed is None else sealed(config)
 
     def _by_label(self, finished: dict[tuple[str, int], Member]) -> list[Member]:
         return [Member(label, seed, m.summary, m.scores) for (label, seed), m in finished.items()]

@@ -32,11 +32,17 @@ CsvRow = dict[str, Any]
 
 
 def member_row(
-    member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig, majority: Mapping[str, dict[str, Any]]
+    member: Member,
+    folder: Path,
+    tasks: Sequence[Task],
+    common: ATPConfig,
+    majority: Mapping[str, dict[str, Any]],
+    finished: str = "summary.json",
 ) -> CsvRow:
     """One run as a row: size, scores with 95 % intervals, cost, and the effect of its decisions and its cut.
 
-    majority: the result of `majority_scores`; its scores stand beside the run's.
+    majority: the result of `majority_scores`; its scores stand beside the run's. finished: the file that was written
+    with the scores.
     """
     summary, scores = member.summary, member.scores
     row: CsvRow = {"config": fingerprint(common, folder), "target_keep": summary["target_keep"]}
@@ -54,11 +60,11 @@ def member_row(
     certificate = summary.get("certificate", {})
     row |= {key: certificate.get(key, "") for key in ("frozen_vs_cut", "masked_vs_cut")}
     row["changed"] = changed_share(folder)
-    finished = time.gmtime((folder / "summary.json").stat().st_mtime)
     row |= {
         "device": device_name(),
         "torch": summary["versions"]["torch"],
-        "finished": time.strftime("%F %R", finished),
+        "commit": summary["versions"].get("commit", ""),
+        "finished": time.strftime("%F %R", time.gmtime((folder / finished).stat().st_mtime)),
     }
     return row
 

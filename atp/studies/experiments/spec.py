@@ -59,12 +59,13 @@ class ExperimentSpec(BaseModel):
         return spec, path
 
     def config(self, path: Path, domain: str, overrides: list[str]) -> ATPConfig:
-        """The settings of all runs in a domain. Raises `InputError`."""
+        """The settings of all runs in a domain, which score the open half of its test data. Raises `InputError`."""
         base = shipped.find(path.parent / self.base)
         values = read_yaml_file(base, "base")
         if not isinstance(values, dict):
             raise InputError(f"base {shorten(base)} is not a mapping: it needs at least the key model")
-        return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
+        given = ["data.test_half=open", *overrides, f"data.recipe={domain}"]
+        return ATPConfig.parse(values | {"output_dir": "set later"}, given)
 
     def labelled_arms(self) -> dict[str, Arm]:
         """Label -> arm. Raises `InputError` for an unknown method, a label shared by two arms, or too many arms."""

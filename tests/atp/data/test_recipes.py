@@ -53,6 +53,33 @@ def test_custom_document_column_groups_rows(tmp_path):
     assert [len(splits.train), len(splits.calibration), len(splits.test)] == [12, 4, 4]
 
 
+def test_the_halves_of_the_test_documents(tmp_path):
+    """They share no document, hold all of them, and a document stays in its half under every seed and in any data."""
+    file = write(tmp_path / "a.jsonl", [{"text": f"sentence {n}", "document": f"book {n % 50}"} for n in range(150)])
+    half_of = {}
+    for seed in range(3):
+        whole, opened, sealed = (
+            load_recipe(DataSettings(recipe="custom", train=file, seed=seed, test_share=0.5, test_half=name))
+            for name in (None, "open", "sealed")
+        )
+        assert opened.train == sealed.train == whole.train and opened.calibration == whole.calibration
+        halves = [{example.document for example in splits.test} for splits in (opened, sealed)]
+        assert not halves[0] & halves[1] and 7 < len(halves[0]) < 18
+        texts = [[example.text for example in splits.test] for splits in (whole, opened, sealed)]
+        assert sorted(texts[1] + texts[2]) == sorted(texts[0])
+        assert [text for text in texts[0] if text in texts[1]] == texts[1], "in the order of the whole split"
+        for name, documents in zip(("open", "sealed"), halves, strict=True):
+            assert (
+                f"of which the {name} half, {3 * len(documents)}, is scored"
+                in (opened, sealed)[name == "sealed"].description
+            )
+            assert {half_of.setdefault(document, name) for document in documents} == {name}
+    one = write(tmp_path / "b.jsonl", [{"text": "alone"}])
+    with pytest.raises(InputError, match="half of 1 test examples is empty: leave out data.test_half"):
+        for name in ("open", "sealed"):
+            load_recipe(DataSettings(recipe="custom", train=file, test=one, test_half=name))
+
+
 def test_custom_separate_files_and_general_text(tmp_path):
     sources = {
         name: write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}"} for n in range(6)])

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from atp.cli.chat import Conversation
 from atp.data.encoding import encode
+from atp.data.packing import IGNORE
 from atp.evaluation import packed_windows, perplexity, throughput
+from atp.evaluation.perplexity import bytes_of
 from atp.export import quantized
 from atp.export.command import export
 from atp.ground.errors import InputError
@@ -85,6 +87,14 @@ def test_the_original_is_scored_whole_and_by_its_own_tokens(done):
     assert scored["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
     assert scored["tokens"] == expected["tokens"]
     assert "bits per byte" in (folder / "report.html").read_text()
+
+    # The cut model is scored on the windows of its own tokens that hold this text, and on no window beyond it.
+    small = read_tokenizer(folder / "model")
+    own = packed_windows(held_out(config, splits, small), small)
+    text, taken = bytes_of(windows, config.evaluation.windows), read(folder, "evaluation.json")["final"]["tokens"]
+    ends = (own.labels[:, 1:] != IGNORE).sum(1).cumsum(0).tolist()
+    count = ends.index(taken) + 1
+    assert bytes_of(own, count - 1) < text <= bytes_of(own, count)
 
 
 def test_the_folder_is_loaded_without_this_package_and_gives_the_same(done, tmp_path):

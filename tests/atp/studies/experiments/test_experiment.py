@@ -10,6 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from atp.cli.scoring import Scoring, score_folder
 from atp.ground.errors import InputError
 from atp.studies.compare.members import Members
 from atp.studies.experiments import Experiment, ExperimentSpec
@@ -59,7 +60,7 @@ def test_record_of_an_experiment(write, tmp_path):
     labels = ["dense_lora", "static", "atp target_keep=0.6", "atp target_keep=0.8"]
     assert list(content["domains"]["custom"]) == ["original", *labels] and not content["missing"]
     majority = content["majority"]["custom"]["qa"]
-    assert majority["n"] == 10 and content["not_measurable"] == {"custom": {}}
+    assert majority["n"] == 7 and content["not_measurable"] == {"custom": {}}
     rows = rows_of(tmp_path)
     assert [row["arm"] for row in rows] == labels
     for row in rows:
@@ -84,6 +85,38 @@ def test_record_of_an_experiment(write, tmp_path):
     assert (tmp_path / "out" / "which.png").read_bytes() != curve
     with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 16 -> 4"):
         experiment(path, tmp_path, ["lora.r=4"]).execute()
+
+
+def test_the_sealed_half_of_finished_runs_is_scored_once(write, tmp_path):
+    path = write(arms=[{"method": "random"}], picture="intervals", x=None, seeds=[0, 1])
+    small = ["training.tune=1", "evaluation.questions=2"]
+    content = experiment(path, tmp_path, small, sealed=True).execute()
+    assert content["missing"] == ["custom, random, seed 0", "custom, random, seed 1"], "nothing runs"
+    assert not (tmp_path / "runs").exists() and not rows_of(tmp_path, "which-sealed")
+    experiment(path, tmp_path, small, seeds=[0]).execute()
+    content = experiment(path, tmp_path, small, sealed=True).execute()
+    assert content["missing"] == ["custom, random, seed 1"]
+    (row,) = rows_of(tmp_path, "which-sealed")
+    (opened,) = rows_of(tmp_path)
+    changing = {"perplexity", "bits_per_byte", "qa", "original", "finished", "experiment"}
+    assert {name for name in row if row[name] != opened[name]} <= {n for n in row if n.split()[0] in changing}
+
+    run = tmp_path / "runs" / "custom" / "random-seed0"
+    config = yaml.safe_load((run / "resolved.yaml").read_text())
+    assert config["data"]["test_half"] == "open"
+    config["data"]["test_half"] = "sealed"
+    (tmp_path / "sealed.yaml").write_text(yaml.safe_dump(config))
+    scored = score_folder(str(run / "model"), Scoring(suite=str(tmp_path / "sealed.yaml")))
+    assert float(row["perplexity"]) == pytest.approx(scored["perplexity"], abs=1e-4) != float(opened["perplexity"])
+    assert float(row["qa macro_f1"]) == pytest.approx(scored["tasks"]["qa"]["macro_f1"], abs=1e-4)
+
+    shutil.rmtree(run / "model")
+    experiment(path, tmp_path, small, sealed=True).execute()
+    assert rows_of(tmp_path, "which-sealed") == [row], "what was scored is read"
+    (run / "sealed.json").unlink()
+    (run / "resolved.yaml").write_text(yaml.safe_dump(config | {"data": config["data"] | {"test_half": None}}))
+    with pytest.raises(InputError, match="random-seed0 scored all test documents, so none of them is sealed"):
+        experiment(path, tmp_path, small, sealed=True).execute()
 
 
 def folder_of(label):
