@@ -23,6 +23,7 @@ from atp.evaluation.samples import held_out_samples, sample_answers, side_by_sid
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.export.card import add_results, license_of
 from atp.export.origins import origins
+from atp.families import FAMILIES, family_name
 from atp.ground import heap, progress
 from atp.ground.environment import versions
 from atp.ground.errors import InputError, Interrupted, is_out_of_memory, reason
@@ -59,9 +60,10 @@ from atp.inputs.precision import autocast_dtype, slow_precision
 from atp.inputs.promises import check_promises, check_target
 from atp.inputs.resolve import resolve
 from atp.inputs.targets import share_of
-from atp.models.load import read_model
+from atp.models.load import read_config, read_model
 from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
+from atp.plan.parameters import parameters_of
 from atp.processes import kernels, processes
 from atp.removal.certify import WORDS_CUT, certificate_tokens, rounding_remark
 from atp.removal.masters import store_embeddings
@@ -470,6 +472,13 @@ class Run:
         write_report(self.folder)
         return summary
 
+    def _parts(self) -> dict[str, Any]:
+        """The parameters of the original and the final model by part; of an unknown family these have other names."""
+        found = {"original": load_shapes(self.config.model), "final": read_config(self.folder / "model")}
+        if any(family_name(shapes.model_type) not in FAMILIES for shapes in found.values()):
+            return {}
+        return {"parts": {name: parameters_of(shapes) for name, shapes in found.items()}}
+
     def _summarise(self, data: RunData, clock: PhaseClock) -> dict[str, Any]:
         scores = self._scores()
         models = [name for name in ("original", "tuned_dense", "final") if name in scores]
@@ -501,6 +510,7 @@ class Run:
             "params_before": before["params"],
             "params_after": after["params"],
             "megabytes": {"original": before["megabytes"], "final": after["megabytes"]},
+            **self._parts(),
             "perplexity": {name: scores[name]["perplexity"] for name in models},
             "perplexity_of": perplexity_of(scores["final"]),
             "perplexity_interval": {name: scores[name]["perplexity_interval"] for name in models},

@@ -243,12 +243,13 @@ def _vocabulary(
     """The words that `vocabulary.keep` leaves: those of the texts that the model is trained and fitted on."""
     if config.vocabulary.keep is None:
         return None
-    from atp.vocabulary.vocabulary import Vocabulary, word_share  # the classes of models take seconds to import
+    from atp.inputs.targets import worth_of_words  # the classes of models take seconds to import
+    from atp.vocabulary.vocabulary import Vocabulary
 
     if kept is None:
         shapes = load_shapes(config.model)
         texts = (example.text for part in (splits.calibration, splits.train) for example in part)
-        kept = kept_words(tokenizer, texts, config.vocabulary.keep, word_share(shapes), named_ids(shapes))
+        kept = kept_words(tokenizer, texts, config.vocabulary.keep, worth_of_words(config, shapes), named_ids(shapes))
     return Vocabulary(kept, tokenizer)
 
 

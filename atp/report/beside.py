@@ -16,6 +16,8 @@ METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
 }  # fmt: skip
 
+_PARTS = {"words": ("embedding", "head"), "attention": ("attention",), "mlp": ("mlp",)}
+
 
 def columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{name: {score of `OF_TEXT`, its interval, tasks: {task: scores}}} in the order of a table, from summary.json.
@@ -116,6 +118,12 @@ def parameters(summary: Mapping[str, Any], name: str) -> Any:
         return summary.get("params_after")
     before = summary.get("params_before")
     return None if before is None or name == "majority" else before - _of_words(summary, name, "parameters")
+
+
+def parameters_in(summary: Mapping[str, Any], name: str, part: str) -> int | None:
+    """Parameters of a model in one part of it: words (embedding and head), attention or mlp."""
+    found = (summary.get("parts") or {}).get(name)
+    return None if found is None else sum(found[own] for own in _PARTS[part])
 
 
 def megabytes(summary: Mapping[str, Any], name: str) -> Any:

@@ -48,6 +48,8 @@ def scores(run: RunFiles) -> dict[str, Any]:
         cells = [with_interval(c.get(key), c.get(f"{key}_interval"), digits) for c in columns.values()]
         rows.append((f"{label} ↓", cells))
     rows.append(("parameters", [_millions(beside.parameters(summary, name)) for name in columns]))
+    for part, label in (("words", "in embedding and head"), ("attention", "in attention"), ("mlp", "in MLPs")):
+        rows.append((label, [_millions(beside.parameters_in(summary, name, part)) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
     rows.append(("megabytes", [number(beside.megabytes(summary, name), 0) for name in columns]))
     for kind in ("prefill", "decode"):

@@ -2,14 +2,14 @@
 
 A text takes one token more wherever a token is gone that two others spell, which costs `BITS`. So losing a token that
 occurs n times in B bytes of text costs about n * BITS / B bits per byte, and saves a row of the embedding and one of
-the head. It stays if that is at least `WORTH` times the share of the model's parameters that a word takes. What its
-occurrences are spelled with counts them from then on. Of the tokens that a text does not show, a text of the same size
+the head. It stays if as many parameters are worth no more in the decoder. What its occurrences are spelled with counts
+them from then on. Of the tokens that a text does not show, a text of the same size
 would show about as many as this one shows once (Good-Turing), the earlier learned ones more often (Zipf).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -27,23 +27,27 @@ from atp.vocabulary.merges import Merges
 Keep = Literal["auto"] | int
 BITS = 4.0
 """What a token more costs once tuning has taught the model the new spelling; before that it is nine to ten."""
-WORTH = 0.5
-"""Bits per byte for all parameters: 0.005 for 1 % of them, about what that share of the decoder is worth."""
 MULTIPLE = 8
 """What the number of words is rounded up to under `auto`, as matrix products on GPUs like it."""
 MOST = 2**26
 """Characters of text that are counted."""
 _AT_ONCE = 1000  # texts that are encoded together
 _HALVINGS = 50
+_CLOSE = 1e-3
 
 
 def kept_words(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep: Keep, share: float, also: Iterable[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    keep: Keep,
+    worth: Callable[[int], float],
+    also: Iterable[int] = (),
 ) -> Tensor:
     """The ids to keep, int64 [words], ascending.
 
-    texts: what the model is trained on, read up to `MOST` characters. keep: their number, or `auto`. share: of the
-    model's parameters that a word takes. also: ids that the model's config names. Letters or bytes, special and added
+    texts: what the model is trained on, read up to `MOST` characters. keep: their number, or `auto`. worth: bits per
+    byte that the parameters of one word would spare in the decoder if so many words stay (`atp.inputs.targets`); the
+    more words, the more. also: ids that the model's config names. Letters or bytes, special and added
     tokens, what the chat template writes, and the two tokens that each kept one is joined from always stay. Raises
     `InputError` for a tokenizer that cannot be trimmed, and for a number that these alone exceed or that it does not
     have.
@@ -63,7 +67,7 @@ def kept_words(
     counts, size = counted(tokenizer, texts, max(merges.tokens) + 1)
     expected = expected_counts(merges, counts)
     if keep == "auto":
-        kept = _above(merges, always, expected, WORTH * share * size / BITS)
+        kept = _balanced(merges, always, expected, lambda words: worth(words) * size / BITS)
         target = min(-(-len(kept) // MULTIPLE) * MULTIPLE, len(merges.tokens))
     else:
         kept, target = _at_most(merges, always, expected, keep), keep
@@ -143,9 +147,34 @@ def _above(merges: Merges, always: set[int], expected: NDArray[np.float64], leas
     return found
 
 
+def _balanced(
+    merges: Merges, always: set[int], expected: NDArray[np.float64], least: Callable[[int], float]
+) -> set[int]:
+    """The tokens that occur at least as often as `least` asks where just these are kept."""
+    low, high = least(len(always)), min(least(len(merges.tokens)), _more_than_any(merges, expected))
+    if low >= high:
+        return _above(merges, always, expected, high)
+    found = always
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        tried = _above(merges, always, expected, middle)
+        if least(len(tried)) > middle:
+            low = middle
+        else:
+            found, high = tried, middle
+        if high - low < _CLOSE * high:
+            break
+    return found
+
+
+def _more_than_any(merges: Merges, expected: NDArray[np.float64]) -> float:
+    """More than a token can occur, those included that it is a part of."""
+    return float(expected.sum()) * max(map(len, merges.tokens.values())) + 1
+
+
 def _at_most(merges: Merges, always: set[int], expected: NDArray[np.float64], most: int) -> set[int]:
     """The tokens above the lowest number of occurrences that no more than `most` have."""
-    low, high = 0.0, float(expected.sum()) + 1
+    low, high = 0.0, _more_than_any(merges, expected)
     found = always
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.data.examples import Example
 from atp.ground.files import write_tensors
@@ -129,10 +129,3 @@ def written(path: Path) -> Tensor | None:
 def word_parameters(config: PretrainedConfig) -> int:
     """Parameters of a word: its row of the embedding, and that of a head that is not tied to it."""
     return int(config.hidden_size) * (1 if config.tie_word_embeddings else 2)
-
-
-def word_share(config: PretrainedConfig) -> float:
-    """The share of a model's parameters that a word takes."""
-    with torch.device("meta"):  # counts without memory
-        total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    return word_parameters(config) / total

