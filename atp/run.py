@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.config import ATPConfig, ResolvedConfig
+from atp.decide.given import check_given
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
@@ -324,6 +325,7 @@ class Run:
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""
         check_target(self.config, model.config)
+        processes.on_main(lambda: check_given(self.config.decisions, model.config))
 
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")

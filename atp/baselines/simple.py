@@ -14,6 +14,7 @@ from atp.baselines.weights import group_sums, prunable_linears, weight_of
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.decisions import fit_decisions
+from atp.decide.given import given_mask
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.spaces.space import MaskSpace
 
@@ -37,7 +38,12 @@ def magnitude_scores(model: PreTrainedModel, space: MaskSpace) -> Tensor:
 
 
 def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """ATP's warm start, fitted to budget and width rules without learning; bool [space.size]."""
+    """ATP's warm start, fitted to budget and width rules without learning; bool [space.size].
+
+    With `decisions.path` the mask of that run.
+    """
+    if config.decisions.path is not None:
+        return given_mask(config.decisions, space)
     device = next(model.parameters()).device
     with masked_loss(model, space, config) as loss_of:
         saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)

@@ -94,6 +94,9 @@ class DecisionsConfig(Section):
         "mean over LoRA steps; or a learned generator. null: running if the open phase sees "
         "saliency_windows samples and has neither search nor dropout, else tuned.",
     )
+    path: str | None = Field(
+        None, description="Run folder whose decisions are taken over; null: the run makes its own."
+    )
     decay: float = Field(0.97, ge=0, lt=1, description="Decay of the running saliency per batch.")
     margin: float = Field(
         0.1, ge=0, description="Hysteresis of the running saliency: lead of kept decisions over removed ones."
@@ -196,6 +199,14 @@ class DecisionsConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _decides_once(self) -> DecisionsConfig:
+        if self.path is not None and (self.source not in (None, "static") or (self.rounds or 1) > 1):
+            raise ValueError(
+                "path takes over another run's decisions, so nothing is left to decide: leave out source and rounds"
+            )
+        return self
+
     @field_validator("multiples")
     @classmethod
     def _are_structures(cls, value: dict[str, int] | None) -> dict[str, int] | None:
@@ -289,6 +300,8 @@ class ATPConfig(Section):
                 "decisions.rounds judges refitted cuts by their saliency: with it set a source other than learned, "
                 "decisions.refit_windows, and training.search=0"
             )
+        if self.decisions.path is not None and self.training.search:
+            raise ValueError("decisions.path leaves nothing to search: set training.search=0, or leave it out")
         if self.data.validation is not None and self.data.recipe != "custom":
             raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
         if self.lora.variant == "dora":

@@ -100,6 +100,8 @@ def _decisions(config: ATPConfig, keep: float | None) -> dict[str, Any]:
     decisions, training = config.decisions, config.training
     source, rounds = decisions.source, decisions.rounds
     target = decisions.target_keep if keep is None else keep
+    if decisions.path is not None:
+        source, rounds = "static", 1
     if source is None:
         enough = training.opened_samples >= decisions.saliency_windows
         source = "running" if enough and not (training.search or config.lora.dropout) else "tuned"

@@ -290,7 +290,8 @@ def _asked(config: ResolvedConfig, data: RunData) -> list[tuple[str, int, str, i
         ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),
         ("decisions.refit_windows", decisions.refit_windows, "calibration samples", len(data.calibration)),
     ]
-    if decisions.source in ("static", "tuned") or (decisions.source == "learned" and decisions.init == "saliency"):
+    measured = decisions.source in ("static", "tuned") and decisions.path is None
+    if measured or (decisions.source == "learned" and decisions.init == "saliency"):
         asked.append(
             ("decisions.saliency_windows", decisions.saliency_windows, "calibration samples", len(data.calibration))
         )

@@ -84,6 +84,7 @@ def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
     Follows links on both sides. Names that are not local paths (Hub names, packages) are ignored.
     """
     named = [("model.path", config.model.path), *config.data.own_sources]
+    named += [("decisions.path", config.decisions.path)] if config.decisions.path else []
     named += [(f"data.sources.{name}", source) for name, source in config.data.sources.items()]
     places = {(folder / name).resolve() for name in _WRITTEN_TO}
     for key, value in named:

@@ -228,7 +228,7 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
     measured = job.share_of(decisions.saliency_windows) if job.measures_saliency else 0
     refitted, rounds = job.share_of(decisions.refit_windows), decisions.rounds or 1
     saliency = row("saliency", 0, (measured + (rounds - 1) * refitted) * job.calibrated, cost.decision())
-    if decisions.source == "static":
+    if decisions.source == "static" and decisions.path is None:
         yield saliency
     if steps.open:
         yield row("open", steps.open, steps.open * per_step, cost.step(cost.whole))

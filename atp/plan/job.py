@@ -109,8 +109,8 @@ class Workload:
     def measures_saliency(self) -> bool:
         """Whether saliency is measured on calibration data between two phases."""
         decisions = self.config.decisions
-        return decisions.source in ("static", "tuned") or (
-            decisions.source == "learned" and decisions.init == "saliency"
+        return decisions.path is None and (
+            decisions.source in ("static", "tuned") or (decisions.source == "learned" and decisions.init == "saliency")
         )
 
     @property

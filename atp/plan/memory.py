@@ -117,7 +117,7 @@ class _Memory:
         scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole)
         yield "score", self._weights(whole) | scoring | self._dequantized(whole)
         static, rounds = job.config.decisions.source == "static", job.config.decisions.rounds or 1
-        if static and rounds == 1:
+        if job.measures_saliency and static and rounds == 1:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
         watched = job.config.decisions.source == "running"
         if steps.open:

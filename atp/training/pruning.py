@@ -21,6 +21,7 @@ from atp.config import DecisionsConfig, TrainingConfig
 from atp.data import collate
 from atp.decide.budget import Budget
 from atp.decide.decisions import Decisions
+from atp.decide.given import GivenDecisions, given_mask
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits, squares
 from atp.decide.scored import ScoredDecisions
@@ -107,8 +108,14 @@ class Pruning:
 
     @held_heads()
     def start(self) -> None:
-        """Gives the decisions the saliency of the calibration data to start from, if they do not collect their own."""
+        """Gives the decisions what they start from: another run's mask, or the saliency of the calibration data.
+
+        Those that collect their own saliency start from nothing.
+        """
         self.scored = True
+        if isinstance(self.decisions, GivenDecisions):
+            self.decisions.give(processes.from_main(given_mask(self.settings, self.space), "decisions"))
+            return
         if self.settings.source == "running" or (self.settings.source == "learned" and self.settings.init == "paper"):
             return
         self.decisions = self._make_decisions(self._saliency(self.settings.saliency_windows))
@@ -123,6 +130,8 @@ class Pruning:
         return processes.from_main(saliency, "saliency")
 
     def _make_decisions(self, saliency: Tensor | None = None) -> Decisions:
+        if self.settings.path is not None:
+            return GivenDecisions(self.space, self.settings, search_steps=0, device=for_float64(self.device))
         if self.settings.source != "learned":
             place = for_float64(self.device)
             scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search, device=place)

@@ -18,6 +18,7 @@ from atp.baselines.calibration import choice_samples
 from atp.baselines.methods import BASELINES, Baseline, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
+from atp.decide.given import check_given
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.ground import progress
@@ -68,6 +69,9 @@ class BaselineRun(Run):
     def _check_model(self, model: PreTrainedModel) -> None:
         """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
+        if self.config.decisions.path is not None and self.method != "static":
+            raise InputError(f"{self.method} removes what its own rule says: leave out decisions.path")
+        processes.on_main(lambda: check_given(self.config.decisions, model.config))
         if processes.sharded():
             raise InputError(f"{self.method} needs whole weights in every process: leave out training.sharding=fsdp")
         load_in = self.config.model.load_in

@@ -36,6 +36,7 @@ _BEHIND_SCORES = (
 )  # behind the original's scores
 
 _PRESET = "preset="
+_SEED = "{seed}"  # in decisions.path of an arm: a member of the same seed, by its name here
 
 
 class Members:
@@ -134,6 +135,8 @@ class Members:
             ours = self.read(Arm(ATP), seed)
             config = rival_config(config, arm.rival, None if ours is None else trained_seconds(ours.summary))
         config.output_dir = str(self.path(arm, seed))
+        if config.decisions.path is not None and _SEED in config.decisions.path:
+            config.decisions.path = str(self.folder / config.decisions.path.replace(_SEED, str(seed)))
         return config
 
     def _changed(self, overrides: Sequence[str]) -> ATPConfig:

@@ -1,4 +1,4 @@
-"""Every family through a whole run: search, settle, cut, tune, export, reload, generate."""
+"""Every family through whole runs, with a search and by the default recipe: cut, tune, export, reload, generate."""
 
 import json
 
@@ -30,17 +30,21 @@ def config(folder, space, **overrides):
         "output_dir": str(folder),
         "data": {"length": 16},
         "decisions": {"space": space, "target_keep": 0.6, "saliency_windows": 2, "refit_windows": 4},
-        "training": {"search": 2, "settle": 1, "tune": 2, "batch_size": 2, "precision": "float32", "warmup": 1,
-                     "lr": 1e-2} | overrides,
+        "training": {"tune": 2, "batch_size": 2, "warmup": 1, "lr": 1e-2} | overrides,
     }  # fmt: skip
     return ATPConfig.parse(values)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+RECIPES = {"search": {"search": 2, "settle": 1}, "default": {"open": 2, "search": 0, "settle": 0}}
+
+
+@pytest.mark.parametrize(("dtype", "recipe"), [("float32", "search"), ("bfloat16", "default")])
 @pytest.mark.parametrize(("name", "space"), SPACES)
-def test_a_whole_run(tmp_path, name, space, dtype):
+def test_a_whole_run(tmp_path, name, space, dtype, recipe):
     model = build(name, getattr(torch, dtype), scale=0.1)
-    settings = config(tmp_path, space, precision=dtype, gradient_checkpointing=dtype == "bfloat16")
+    settings = config(
+        tmp_path, space, precision=dtype, gradient_checkpointing=recipe == "search", **RECIPES[recipe]
+    )  # fmt: skip
     check_reachable(settings, model.config, tolerance=0.05)
     trainer = ATPTrainer(settings, model, windows(8, 1), windows(6, 2))
     trainer.train()
