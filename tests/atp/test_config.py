@@ -245,7 +245,8 @@ def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
     found = resolve(asked)
     none = {"model.gguf_file", "model.revision", "model.load_in", "training.minutes", "training.tokens",
             "training.sharding", "training.patience", "training.metrics_file", "training.tune",
-            "training.full_lr", "training.embeddings_lr", "decisions.multiples", "decisions.path", "vocabulary.keep"}  # fmt: skip
+            "training.full_lr", "training.embeddings_lr", "decisions.multiples", "decisions.path",
+            "vocabulary.keep"}  # fmt: skip
     null = {f"{section}.{key}" for section, values in found.model_dump().items() if isinstance(values, dict)
             for key, value in values.items() if value is None}  # fmt: skip
     assert {key for key in null if not key.startswith(("data.", "decisions.target_"))} == none
