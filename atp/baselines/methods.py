@@ -90,5 +90,7 @@ BASELINES: dict[str, Baseline | None] = {
     "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
     "slicegpt": SliceBaseline(),
     "disp_llm": MaskBaseline(disp_mask, "disp", searches=True),
+    "llm_pruner+refit": MaskBaseline(taylor_mask, "kv_group", refits=True),
+    "wanda_sp+refit": MaskBaseline(wanda_mask, "kv_group", refits=True),
 }
-"""By name; `dense_lora` removes nothing."""
+"""By name; `dense_lora` removes nothing, and `+refit` gives a method of others ATP's refit on top."""

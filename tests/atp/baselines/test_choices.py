@@ -192,8 +192,11 @@ def test_the_model_comes_back_as_it_was(name):
     assert torch.equal(llama(windows().input_ids).logits, logits)
 
 
-@pytest.mark.parametrize(("name", "count", "refits"), [("static", 6, True), ("static", 0, False), ("random", 6, False)])
-def test_static_is_refitted_as_the_config_says(name, count, refits):
+@pytest.mark.parametrize(("name", "count", "refits"), [
+    ("static", 6, True), ("static", 0, False), ("random", 6, False), ("llm_pruner", 6, False),
+    ("llm_pruner+refit", 6, True), ("wanda_sp+refit", 6, True), ("wanda_sp+refit", 0, False),
+])  # fmt: skip
+def test_some_are_refitted_as_the_config_says(name, count, refits):
     """The cut model then comes nearer to the whole one; what reads no cut is a slice of the pretrained weights."""
     settings = config(decisions={"refit_windows": count})
     whole = model(dtype=torch.float32)
