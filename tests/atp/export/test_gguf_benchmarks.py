@@ -10,7 +10,7 @@ from tiny_tokenizers import TEXTS, byte_level
 
 from atp.models.stock import save_model
 from benchmarks import gguf_decode, gguf_model
-from benchmarks.gguf_decode import KEEP, Shape, cases
+from benchmarks.gguf_decode import GONE, KEEP, SHAPES, Shape, cases
 from benchmarks.gguf_forward import File
 from benchmarks.records import read
 
@@ -36,6 +36,10 @@ def test_cuts_keep_their_share_in_the_architecture_that_they_are_for(tmp_path):
     assert {name: file.architecture for name, file in found.items() if file.architecture != "llama"} == {
         "mlp, unequal": "deci"
     }
+    assert matrices(found["whole layers"]) == 2 * TINY.layer(TINY.kv_heads, TINY.inner), "of four layers, 60 % of them"
+    assert matrices(found["a fifth, heads and mlp"]) < 0.3 * whole
+    assert matrices(found["a fifth, whole layers"]) == TINY.layer(TINY.kv_heads, TINY.inner)
+    assert [layer != GONE for layer in cases(SHAPES["smollm2"])["a fifth, whole layers"]] == ([False] * 4 + [True]) * 6
     assert matrices(found["thin layers"]) == TINY.layers * matrices(found["one thin layer"])
 
 
