@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
 from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
+from atp.baselines.tuner import DENSE, LoraTuner
 from atp.config import ATPConfig, ResolvedConfig
 from atp.decide.given import check_given
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
@@ -61,6 +62,7 @@ from atp.inputs.precision import autocast_dtype, slow_precision
 from atp.inputs.promises import check_promises, check_target
 from atp.inputs.resolve import resolve
 from atp.inputs.targets import share_of
+from atp.lora.layer import add_lora, stock_modules, unload
 from atp.models.load import read_config, read_model
 from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
@@ -71,6 +73,7 @@ from atp.removal.masters import store_embeddings
 from atp.report import write_report
 from atp.report.beside import bits_per_byte, perplexity_of
 from atp.sharding.read import read_sharded
+from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest
@@ -328,14 +331,15 @@ class Run:
         processes.on_main(lambda: check_given(self.config.decisions, model.config))
 
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
-        self.say("tuning the uncut model with stock LoRA, for comparison")
+        self.say("tuning the uncut model with LoRA, for comparison")
+        stock = stock_modules(model)
         folder, embeddings = self.folder / DENSE, cast(Parameter, model.get_input_embeddings().weight)
         pretrained = embeddings.data.clone() if self.config.training.embeddings else None
         with make_progress() as display:
             bar = ProgressBar(display, self.config.training.total)
             tuner = LoraTuner(
-                self.config, stock_lora(model, self.config), data.train, folder, validation=data.validation, name=DENSE,
-                callbacks=[bar],
+                self.config, self._adapter_of(model, self.config)(model), data.train, folder,
+                validation=data.validation, name=DENSE, callbacks=[bar],
             )  # fmt: skip
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
@@ -346,8 +350,12 @@ class Run:
             embeddings.data = pretrained.to(embeddings.device)
         costs = {"seconds": tuner.clock.seconds[DENSE], "tokens_per_second": tuner.clock.rate(DENSE)}
         processes.on_main(lambda: self._record(**{DENSE: costs}))
-        plain: PreTrainedModel = tuner.adapted.unload()
-        return plain
+        return unload(tuner.adapted, stock)
+
+    def _adapter_of(self, model: PreTrainedModel, config: ATPConfig) -> Callable[[PreTrainedModel], PeftModel]:
+        """What puts LoRA on the model and on what is cut from it."""
+        space = MaskSpace.from_config(model.config, config.decisions.space)
+        return partial(add_lora, space=space, **config.lora.model_dump(), seed=config.seed)
 
     def _train(self, trainer: ATPTrainer) -> None:
         profiler = Profiler(self.folder / "profile", trainer.phases.of, trainer.phases.total)

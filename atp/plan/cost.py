@@ -24,16 +24,15 @@ compute the scores again."""
 class Flops:
     """Operations by where they happen, because each kind has a speed of its own.
 
-    whole: in the layers of the whole model, in passes over calibration windows that measure saliency. step, stock:
-    there too, in LoRA steps, which have batches of their own, with our layers and with those of stock PEFT. cut: in the
-    layers of the cut model. head: in the product with the head. fitted: in the refit's passes. moments: in its products
-    of inputs, in float32. solved: in its systems, in float64. certified: in the passes of the certificate, in float32
-    with its head. scored: in the layers of a model that is scored.
+    whole: in the layers of the whole model, in passes over calibration windows that measure saliency. step: there too,
+    in LoRA steps, which have batches of their own. cut: in the layers of the cut model. head: in the product with the
+    head. fitted: in the refit's passes. moments: in its products of inputs, in float32. solved: in its systems, in
+    float64. certified: in the passes of the certificate, in float32 with its head. scored: in the layers of a model
+    that is scored.
     """
 
     whole: float = 0.0
     step: float = 0.0
-    stock: float = 0.0
     cut: float = 0.0
     head: float = 0.0
     fitted: float = 0.0
@@ -51,7 +50,7 @@ class Flops:
     @property
     def by_kind(self) -> tuple[float, ...]:
         """All kinds, in the order above."""
-        layers = self.whole, self.step, self.stock, self.cut, self.head
+        layers = self.whole, self.step, self.cut, self.head
         return *layers, self.fitted, self.moments, self.solved, self.certified, self.scored
 
     @property
@@ -117,8 +116,8 @@ class Cost:
         found = self.forward(layers, lora=lora, scored=scored)
         return Flops(scored=found.whole + found.cut, head=found.head)
 
-    def step(self, layers: Layers, *, share: float = 1.0, stock: bool = False) -> Flops:
-        """Forward and backward of a LoRA step, with layers of stock PEFT or with ours.
+    def step(self, layers: Layers, *, share: float = 1.0) -> Flops:
+        """Forward and backward of a LoRA step.
 
         The frozen linears pass gradients on but have none: twice the forward pass, of the `share` of them that hard
         masks keep. LoRA has three times its forward pass. Of logits and their gradients only those of scored tokens
@@ -135,7 +134,7 @@ class Cost:
         total, head = total - self._first(layers[0], share), self._passes_of_head * self.job.scored * self._head
         if layers is self.cut:
             return Flops(cut=total, head=head)
-        return Flops(stock=total, head=head) if stock else Flops(step=total, head=head)
+        return Flops(step=total, head=head)
 
     def full_step(self) -> Flops:
         """Of a step that trains all weights of the cut model: two products backward for each forward."""
@@ -223,7 +222,7 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
 
     yield _scoring(job, "score", cost, cost.whole, lora=False)
     if evaluation.dense_baseline:
-        yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
+        yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole))
         yield _scoring(job, "score dense", cost, cost.whole, lora=True)
     measured = job.share_of(decisions.saliency_windows) if job.measures_saliency else 0
     refitted, rounds = job.share_of(decisions.refit_windows), decisions.rounds or 1

@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from atp.baselines.tuner import stock_lora
 from atp.data import collate
 from atp.decide.maker import frozen
 from atp.evaluation.inference import inference
@@ -51,7 +50,7 @@ def is_quick(job: Workload) -> bool:
 
 
 def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
-    """Operations per second of each kind; 0 for stock LoRA without a dense baseline.
+    """Operations per second of each kind.
 
     layers: how many are timed together, at most. Each is measured for about `seconds`, at least once, after one step to
     warm up, in the precision and on the device of the run:
@@ -90,9 +89,6 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
         smaller: Any = cut_model(model, shapes.space, mask_of(shapes.space, shapes.counts))
         return ours(smaller)
 
-    def dense(model: PreTrainedModel) -> PeftModel:
-        return stock_lora(model, job.config).train()
-
     model = random(masked)
     tokens = torch.arange(window)[None] % _WORDS
     certifying = _median(partial(reference_logits, model, tokens), device, seconds)
@@ -101,7 +97,6 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
     length, at_once = job.config.data.length, job.config.evaluation.batch_size
     evaluating = _median(_scoring_step(random(lambda model: model), job, length, at_once), device, seconds)
     step = rate(ours, shapes.whole, soft=job.config.decisions.source == "running")
-    stock = rate(dense, shapes.whole) if job.config.evaluation.dense_baseline else 0.0
     rows = min(max(round(training.batch_size * job.sample * job.scored), 1), _ROWS)
     sizes = job.shapes.config
     with held_heads():
@@ -115,7 +110,6 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
     return Flops(
         whole=cost(window).decision().total * window / measuring,
         step=step,
-        stock=stock,
         cut=rate(cut, shapes.kept),
         head=4.0 * sizes.hidden_size * sizes.vocab_size * rows / scoring,
         fitted=fitted,

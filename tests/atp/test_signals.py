@@ -31,7 +31,7 @@ def signalled(patch, where, name, signum, after=0):
 
 PLACES = {
     "scoring the original": (runs, "evaluate_model", signal.SIGTERM),
-    "wrapping for the dense baseline": (runs, "stock_lora", signal.SIGHUP),
+    "wrapping for the dense baseline": (runs, "add_lora", signal.SIGHUP),
     "scoring the dense baseline": (runs, "evaluate_model", signal.SIGINT, 1),
     "saliency": (pruning, "fisher_saliency", signal.SIGHUP),
     "cut": (pruning, "cut_model", signal.SIGTERM),

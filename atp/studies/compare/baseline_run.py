@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,10 @@ from atp.ground.errors import InputError
 from atp.ground.files import write_tensors
 from atp.inputs.loading import RunData, check_length, placed
 from atp.inputs.promises import check_figures
-from atp.lora.layer import add_lora
 from atp.models.stock import stock_config
 from atp.processes import processes
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
 from atp.run import Run
-from atp.spaces.space import MaskSpace
 from atp.training.callbacks import ProgressBar, make_progress
 
 
@@ -106,11 +102,6 @@ class BaselineRun(Run):
         if isinstance(baseline, MaskBaseline):
             save_decisions(self.folder, baseline.space_of(model, self.config), choice)
         return choice
-
-    def _adapter_of(self, model: PreTrainedModel, config: ATPConfig) -> Callable[[PreTrainedModel], PeftModel]:
-        """What puts LoRA on the model and on what is cut from it."""
-        space = MaskSpace.from_config(model.config, config.decisions.space)
-        return partial(add_lora, space=space, **config.lora.model_dump(), seed=config.seed)
 
     def _tune(self, wrapped: PeftModel, data: RunData) -> LoraTuner:
         steps = self.config.training.total
