@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 
@@ -63,7 +63,7 @@ class VocabularyConfig(Section):
     keep: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="Number of words to keep, the most frequent in the training and calibration texts; auto: those "
-        "that are worth their weights; null: all.",
+        "that are worth their weights, the default under target_params and target_megabytes; null: all.",
     )
 
 
@@ -280,6 +280,23 @@ class ATPConfig(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chooses_words(cls, values: Any) -> Any:
+        """Under a target in parameters or megabytes words are chosen, unless `vocabulary.keep` says which.
+
+        Not of shards, which hold a part of the embedding each.
+        """
+        names = ("decisions", "vocabulary", "training")
+        sections = [values.get(name, {}) for name in names] if isinstance(values, dict) else [None]
+        if not all(isinstance(section, dict) for section in sections):
+            return values
+        decisions, words, training = cast(list[dict[str, Any]], sections)
+        sized = any(decisions.get(key) is not None for key in ("target_params", "target_megabytes"))
+        if not sized or "keep" in words or training.get("sharding") is not None:
+            return values
+        return values | {"vocabulary": {**words, "keep": "auto"}}
 
     @field_validator("output_dir")
     @classmethod

@@ -210,7 +210,7 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, kept: Tenso
     data = config.data
     check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
-    vocabulary = _vocabulary(config, tokenizer, splits, kept)
+    vocabulary = vocabulary_of(config, tokenizer, splits, kept)
     if vocabulary is not None:
         tokenizer = vocabulary.tokenizer
 
@@ -237,10 +237,13 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, kept: Tenso
     return RunData(splits, train, calibration, test, tokenizer, validation, vocabulary)
 
 
-def _vocabulary(
-    config: ATPConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits, kept: Tensor | None
+def vocabulary_of(
+    config: ATPConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits, kept: Tensor | None = None
 ) -> Vocabulary | None:
-    """The words that `vocabulary.keep` leaves: those of the texts that the model is trained and fitted on."""
+    """The words that `vocabulary.keep` leaves: those of the texts that the model is trained and fitted on.
+
+    kept: as for `load_data`. None where all words stay. Raises `InputError` for a tokenizer that cannot be trimmed.
+    """
     if config.vocabulary.keep is None:
         return None
     from atp.inputs.targets import worth_of_words  # the classes of models take seconds to import

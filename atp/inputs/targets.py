@@ -10,9 +10,10 @@ import torch
 from transformers import PretrainedConfig
 
 from atp.config import ATPConfig, DecisionsConfig
+from atp.data import load_recipe
 from atp.decide.budget import Budget
 from atp.ground.errors import InputError
-from atp.inputs.loading import load_shapes, weights_dtype
+from atp.inputs.loading import data_settings, load_shapes, load_tokenizer, vocabulary_of, weights_dtype
 from atp.spaces.space import MaskSpace
 from atp.vocabulary.vocabulary import word_parameters
 
@@ -45,7 +46,8 @@ def share_of(config: ATPConfig, shapes: PretrainedConfig | None = None) -> float
     if shapes is None and keep == "auto":
         raise InputError(
             f"decisions.{key} counts the words that vocabulary.keep=auto leaves, which only `atp train` and `atp plan` "
-            "know once they have read the data: set vocabulary.keep to a number, or give decisions.target_keep"
+            "know once they have read the data: set vocabulary.keep to a number or to null, or give "
+            "decisions.target_keep"
         )
     shapes = with_words(load_shapes(config.model), keep) if shapes is None else shapes
     value, unit = _size(config, shapes)
@@ -109,10 +111,18 @@ def with_words(shapes: PretrainedConfig, keep: str | int | None) -> PretrainedCo
 
 
 def in_shares(config: ATPConfig) -> ATPConfig:
-    """The config that several runs are made from: its target as a share. Raises `InputError` as `share_of` does, and
-    for a length that is not in steps."""
+    """The config that several runs are made from: its target as a share, of what the words that stay leave.
+
+    Reads the data where words are chosen by them. Raises `InputError` as `share_of` does, and for a length that is not
+    in steps.
+    """
     config.training.require_steps()
-    return at_share(config, share_of(config))
+    decisions, shapes = config.decisions, None
+    if config.vocabulary.keep == "auto" and (decisions.target_params or decisions.target_megabytes):
+        tokenizer = load_tokenizer(config.model)
+        words = vocabulary_of(config, tokenizer, load_recipe(data_settings(config, tokenizer)))
+        shapes = None if words is None else words.shapes(load_shapes(config.model))
+    return at_share(config, share_of(config, shapes))
 
 
 def at_share(config: ATPConfig, share: float) -> ATPConfig:

@@ -56,7 +56,7 @@ def kept_words(
     always = merges.closed({*merges.always(), *_named(tokenizer, also), *written_by_chat(tokenizer)} & {*merges.tokens})
     if keep != "auto" and keep > len(merges.tokens):
         raise InputError(
-            f"vocabulary.keep is {keep}, but the tokenizer has {len(merges.tokens)} words: leave it out, or choose a "
+            f"vocabulary.keep is {keep}, but the tokenizer has {len(merges.tokens)} words: set it to null, or choose a "
             "smaller number"
         )
     if keep != "auto" and keep < len(always):

@@ -21,7 +21,7 @@ from atp.ground.errors import InputError, shorten
 SPACE = "\u2581"  # stands for a space in sentencepiece vocabularies
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _REMEDY = (
-    "leave out vocabulary.keep, or give a model with a byte-level or sentencepiece BPE tokenizer, as Llama, Mistral, "
+    "set vocabulary.keep=null, or give a model with a byte-level or sentencepiece BPE tokenizer, as Llama, Mistral, "
     "Qwen, Gemma and SmolLM have it"
 )
 

@@ -54,7 +54,7 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Tensor) -> PreTr
         unlike = next(token for token in {**expected, **got} if expected.get(token) != got.get(token))
         raise InputError(
             f"the vocabulary of this model cannot be trimmed, because its tokenizer gives '{shorten(unlike)}' another "
-            "id when it is read back: leave out vocabulary.keep"
+            "id when it is read back: set vocabulary.keep=null"
         )
     found.name_or_path = tokenizer.name_or_path
     found.model_max_length = tokenizer.model_max_length
@@ -106,14 +106,14 @@ def trim_model(model: PreTrainedModel, kept: Tensor) -> None:
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside and words in parameter.shape[:1] and ".layers." not in name:
             raise InputError(
-                f"the vocabulary of this model cannot be trimmed, because {name} has a row for each word too: leave "
-                "out vocabulary.keep"
+                f"the vocabulary of this model cannot be trimmed, because {name} has a row for each word too: set "
+                "vocabulary.keep=null"
             )
     settings = model.generation_config
     if any(getattr(settings, key, None) for key in _BY_ID):
         raise InputError(
             "generation_config.json of the model holds sequence_bias or forced_decoder_ids, which name words: remove "
-            "them, or leave out vocabulary.keep"
+            "them, or set vocabulary.keep=null"
         )
     new = {old: index for index, old in enumerate(kept.tolist())}
     embedding, head = parts

@@ -240,6 +240,26 @@ def test_decisions_come_from_lora_steps_where_watching_them_suits_the_run(sectio
     assert resolve(config).decisions.source == source
 
 
+@pytest.mark.parametrize(("sections", "keep"), [
+    ({}, None), ({"decisions": {"target_keep": 0.5}}, None), ({"decisions": {"target_decode_ms": 5.0}}, None),
+    ({"decisions": {"target_params": 10**8}}, "auto"), ({"decisions": {"target_megabytes": 100}}, "auto"),
+    ({"decisions": {"target_megabytes": 100}, "vocabulary": {}}, "auto"),
+    ({"decisions": {"target_megabytes": 100}, "vocabulary": None}, None),
+    ({"decisions": {"target_megabytes": 100}, "vocabulary": {"keep": None}}, None),
+    ({"decisions": {"target_megabytes": 100}, "vocabulary": {"keep": 9}}, 9),
+    ({"decisions": {"target_params": 10**8}, "training": {"sharding": "fsdp"}}, None),
+])  # fmt: skip
+def test_words_are_chosen_under_a_target_that_counts_them_unless_somebody_says_which(sections, keep):
+    if sections.get("vocabulary", {}) is None:
+        with pytest.raises(InputError, match="vocabulary"):
+            parse(**sections)
+        return
+    found = parse(**sections)
+    assert found.vocabulary.keep == keep
+    assert ATPConfig.parse(found.model_dump(mode="json")) == found
+    assert ATPConfig.parse(found.model_dump(mode="json"), ["vocabulary.keep=null"]).vocabulary.keep is None
+
+
 def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
     asked = parse(training={"lr": 1e-3, "update_clipping": False}, evaluation={"every": 100})
     found = resolve(asked)

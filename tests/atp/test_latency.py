@@ -27,7 +27,8 @@ TABLE = LatencyTable(((0.5, 2.0), (1.0, 4.0)), ((0.25, 1.0), (1.0, 7.0)), norms=
 
 
 def config_of(folder, **decisions):
-    return ATPConfig.parse({"model": {"path": str(folder)}, "output_dir": str(folder / "o"), "decisions": decisions})
+    values = {"model": {"path": str(folder)}, "output_dir": str(folder / "o"), "vocabulary": {"keep": None}}
+    return ATPConfig.parse(values | {"decisions": decisions})
 
 
 @pytest.fixture

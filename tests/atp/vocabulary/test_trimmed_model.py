@@ -113,7 +113,7 @@ def test_a_bias_of_the_head_goes_along():
 def test_what_else_names_words_is_refused_before_anything_is_changed():
     model, kept = build("llama"), kept_of()
     model.extra = nn.Embedding(WORDS, 3)
-    with pytest.raises(InputError, match="because extra.weight has a row for each word too: leave out vocabulary.keep"):
+    with pytest.raises(InputError, match="because extra.weight has a row for each word too: set vocabulary.keep=null"):
         trim_model(model, kept)
     assert model.config.vocab_size == WORDS and model.get_input_embeddings().num_embeddings == WORDS
     model = build("llama")

@@ -27,7 +27,7 @@ from atp.export import quantized
 from atp.export.command import export
 from atp.ground.errors import InputError
 from atp.inputs.loading import held_out, load_data, load_model, load_shapes, load_tokenizer
-from atp.inputs.targets import WORTH, share_of, worth_of_words
+from atp.inputs.targets import WORTH, in_shares, share_of, worth_of_words
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.plan.plan import make_plan
 from atp.processes import processes
@@ -227,6 +227,10 @@ def test_budgets_of_the_whole_model_count_the_kept_words(texts, tmp_path):
     assert summary["params_after"] == pytest.approx(20000, rel=0.02)
     plan = make_plan(automatic)
     assert plan["decisions"]["target_keep"] == pytest.approx(summary["target_keep"])
+    kept = load_file(tmp_path / "run" / "vocabulary.safetensors")["kept"]
+    shared = in_shares(changed(automatic, "training.tokens=null"))  # what the runs of a comparison begin with
+    assert shared.decisions.target_keep == pytest.approx(summary["target_keep"])
+    assert torch.equal(load_data(shared, load_tokenizer(shared.model)).vocabulary.kept, kept)
 
 
 def test_a_smaller_budget_leaves_fewer_words(texts, tmp_path):
@@ -279,7 +283,7 @@ def test_the_trainer_alone_trims_too(texts, tmp_path):
 
 def test_what_cannot_be_trimmed_is_refused_before_anything_is_written(texts, config, tmp_path, monkeypatch):
     words = changed(config, "vocabulary.keep=auto", f"output_dir={tmp_path / 'run'}")
-    with pytest.raises(InputError, match="its vocabulary is WordLevel and not BPE: leave out vocabulary.keep"):
+    with pytest.raises(InputError, match="its vocabulary is WordLevel and not BPE: set vocabulary.keep=null"):
         Run(words).execute()
     few = changed(texts, "vocabulary.keep=9", f"output_dir={tmp_path / 'run'}")
     with pytest.raises(InputError, match="^vocabulary.keep is 9, but [0-9]+ words have to stay"):

@@ -293,14 +293,14 @@ def test_other_tokenizers_are_refused(kind):
     model, why = REFUSED[kind]
     whole = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
     with pytest.raises(
-        InputError, match=f"cannot be trimmed, because of its tokenizer: {why}.*: leave out voc"
+        InputError, match=f"cannot be trimmed, because of its tokenizer: {why}.*: set vocabulary.keep=null"
     ) as error:
         kept_words(whole, ["a"], "auto", always(EACH))
     assert "\n" not in str(error.value)
 
 
 def test_slow_tokenizers_are_refused():
-    with pytest.raises(InputError, match="it has no tokenizer.json form: leave out vocabulary.keep, or give"):
+    with pytest.raises(InputError, match="it has no tokenizer.json form: set vocabulary.keep=null, or give"):
         kept_words(ByT5Tokenizer(), ["a"], "auto", always(EACH))
 
 
