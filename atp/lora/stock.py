@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -21,11 +23,28 @@ def hooked(module: nn.Module) -> bool:
 
 
 def runs_stock_forward(module: nn.Module) -> bool:
-    """Whether class and forward are those of transformers, and nobody serves the module in their place.
+    """Whether class and forward are those of transformers, and nobody serves the module or its functions.
 
     Liger puts its own class or forward there, on the class or on the object, and `kernelize` a kernel's forward on the
     object. Where a function is defined tells them apart: `functools.wraps` copies its name and module, not its globals.
     """
     kind = type(module)
-    home = getattr(kind.forward, "__globals__", {}).get("__name__", "")
-    return "forward" not in vars(module) and all(name.startswith("transformers.") for name in (kind.__module__, home))
+    forward: Any = kind.forward
+    if _home(forward).startswith("kernels.") and not any("forward" in vars(f) for f in _kernel_functions(module)):
+        forward = getattr(forward, "__wrapped__", forward)
+    return "forward" not in vars(module) and all(
+        name.startswith("transformers.") for name in (kind.__module__, _home(forward))
+    )
+
+
+def _kernel_functions(module: nn.Module) -> list[nn.Module]:
+    """The functions that Hugging Face `kernels` lets `kernelize` replace, each as a module of its own.
+
+    Where that package is installed, transformers wraps the forward of an attention so that it calls these.
+    """
+    return list(vars(module).get("_kernel_funcs", {}).values())
+
+
+def _home(function: Any) -> str:
+    """Name of the module that defines a function."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))

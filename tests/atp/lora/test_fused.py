@@ -298,7 +298,10 @@ def served(module, how, monkeypatch):
     """The module, or another in its place, as somebody else serves it."""
     kind = type(module)
     monkeypatch.setattr(kind, "stock_forward", kind.forward, raising=False)
-    if how == "object":
+    if how == "function":
+        (rotary,) = vars(module).get("_kernel_funcs", {}).values() or pytest.skip("transformers without `kernels`")
+        rotary.forward = types.MethodType(lambda self, *args: self(*args), type(rotary)())
+    elif how == "object":
         module.forward = types.MethodType(another_forward(kind), module)
     elif how == "class's forward":
         monkeypatch.setattr(kind, "forward", another_forward(kind))
@@ -312,7 +315,7 @@ def served(module, how, monkeypatch):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("input_layernorm", "class")]
+    [("input_layernorm", "class"), ("self_attn", "function")]
     + [(n, h) for n in ("input_layernorm", "self_attn", "mlp") for h in ("object", "class's forward", "subclass")],
 )
 def test_what_somebody_else_serves_is_left_alone(name, how, sharded, monkeypatch):
