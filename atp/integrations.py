@@ -71,7 +71,7 @@ class ATPCallback(TrainerCallback):
         if open + search + settle < 1:
             raise InputError("ATPCallback has no step to decide in: set open, or search, or settle")
         training = {
-            "open": open, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
+            "open": open, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
             "beta": beta, "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
         }  # fmt: skip
         # Model and folder are the Trainer's.

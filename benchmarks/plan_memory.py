@@ -44,7 +44,6 @@ GIVE_BACK = heap.give_back
 
 # What opens a part of a run, and the name that the plan has for it.
 _PARTS = (
-    (ATPTrainer, "_teach", "teacher"),
     (Pruning, "_refit", "refit"),
     (Pruning, "_saliency", "saliency"),
     (ATPTrainer, "_cut", "cut"),

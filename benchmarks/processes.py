@@ -40,7 +40,7 @@ def make(folder: str, batches: int, length: int, sharding: str | None) -> ATPTra
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**_SIZES))
     ids = torch.randint(0, _SIZES["vocab_size"], (64, length))
-    training = {"open": 10_000, "tune": 1, "precision": "float32", "sharding": sharding, "distill": 0.0,
+    training = {"open": 10_000, "tune": 1, "precision": "float32", "sharding": sharding,
                 "gradient_accumulation": batches // processes.count()}  # fmt: skip
     values = {"model": {"path": "random"}, "output_dir": folder, "training": training, "decisions": {"source": "tuned"}}
     data = PackedDataset(ids, ids.clone())

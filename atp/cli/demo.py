@@ -17,7 +17,7 @@ DENSE_SETTINGS = (
     "model.path", "seed", "data.recipe", "data.length", "data.packing", "data.loss_on", "lora.r", "lora.alpha",
     "lora.dropout", "lora.variant", "training.total", "training.batch_size", "training.gradient_accumulation",
     "training.lr", "training.second_moment", "training.schedule", "training.warmup", "training.clip",
-    "training.update_clipping", "training.hold_sinks", "evaluation.windows", "evaluation.questions",
+    "training.update_clipping", "evaluation.windows", "evaluation.questions",
 )  # fmt: skip
 
 

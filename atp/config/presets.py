@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                       "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
                       "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
-        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
+        "training": {"open": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
                      "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0, "update_clipping": False},
     },
 }  # fmt: skip

@@ -67,18 +67,6 @@ class TrainingConfig(Section):
         None,
         description="Smaller steps for gradients larger than usual; null: only with few tokens with a loss per step.",
     )
-    hold_sinks: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the penalty that holds the first token's state (the attention sink) at its initial "
-        "value; 0 disables it.",
-    )
-    distill: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Weight of distillation from the model at the end of the open phase; 0 disables it.",
-    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Schedule of the learning rate.")
     warmup: int = Field(10, ge=0, description="Warm-up steps of the learning rate.")
     clip: float = Field(1.0, gt=0, description="Largest gradient norm.")

@@ -119,11 +119,6 @@ def check_base_alone(config: ATPConfig, count: int | None = None) -> None:
     load_in = config.model.load_in
     if load_in is None:
         return
-    if config.training.distill and config.training.opened:
-        raise InputError(
-            f"training.distill holds a whole model in floating point, which model.load_in={load_in} is there to save: "
-            "set training.distill=0, or leave out model.load_in"
-        )
     count = count or processes.count()
     if count > 1:
         raise InputError(
@@ -139,11 +134,6 @@ def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
     """
     if not (processes.sharded() if shared is None else shared):
         return
-    if config.training.distill and config.training.opened:
-        raise InputError(
-            "training.distill holds a whole model in every process, which training.sharding=fsdp is there to spare: "
-            "set training.distill=0, or leave out training.sharding"
-        )
     if config.evaluation.dense_baseline:
         raise InputError(
             "evaluation.dense_baseline trains a model of its own, which training.sharding=fsdp does not shard: set "
@@ -209,8 +199,6 @@ def recipe(config: ResolvedConfig) -> list[str]:
         )
     if config.decisions.source == "tuned" and training.opened + training.search == 0:
         found.append("decisions.source=tuned judges the model before any tuning, since training.open is 0: set it")
-    if training.distill and not training.opened:
-        found.append("training.distill has no teacher, since training.open is 0: set that, or leave distill out")
     return found
 
 

@@ -204,22 +204,18 @@ def kept_by_loss(
     weight: int,
     product: int,
     on_host: bool,
-    teacher: bool,
     capped: bool = False,
 ) -> float:
     """Bytes of the chunked cross-entropy of so many scored tokens: logits of one chunk, states and their gradients, the
     head in the narrow dtype.
 
-    weight, product: bytes of an entry of the weights and of the products. With a teacher a chunk also has its logits,
-    and log q and q in float32. On a CUDA device the softmax takes twice the logits on top. A cap
-    on logits keeps its derivative beside them.
+    weight, product: bytes of an entry of the weights and of the products. On a CUDA device the softmax takes twice the
+    logits on top. A cap on logits keeps its derivative beside them.
     """
     rows = max(min(CHUNK_BYTES["cpu" if on_host else "cuda"] // (product * vocab), scored), 1)
     chunk = rows * vocab
-    wide = max(product, _FLOAT)
     logits = chunk * product * (1 if on_host else 3)
-    logits += chunk * (product + 2 * wide) if teacher else 0
     logits += chunk * product if capped else 0
-    states = scored * hidden * weight * (3 if teacher else 2)
-    casts = vocab * hidden * product * (3 if teacher else 2) if product < weight else 0
+    states = scored * hidden * weight * 2
+    casts = vocab * hidden * product * 2 if product < weight else 0
     return logits + states + casts

@@ -163,10 +163,6 @@ class Cost:
         spared = self._first(self.whole[0], 1.0, frozen=True)
         return self._flops(self.whole, total - spared, 2 * self.job.scored * self._head)
 
-    def taught(self) -> Flops:
-        """What the teacher adds: a forward pass of the whole model with its adapter merged in."""
-        return self.forward(self.whole, lora=False, scored=self.job.scored) if self.job.teaches else Flops()
-
     def refit(self, tokens: float) -> Flops:
         """Of the whole refit.
 
@@ -235,7 +231,7 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
         yield saliency
     if steps.search:
         tokens = steps.search * per_step
-        flops = (cost.step(cost.whole, share=_share_in_search(job)) + cost.taught()) * tokens
+        flops = cost.step(cost.whole, share=_share_in_search(job)) * tokens
         if decisions.source == "learned":
             flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * job.calibrated)
         yield PhaseCost("search", steps.search, round(tokens), flops)
@@ -243,11 +239,11 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
         tokens = refitted * job.calibrated
         yield PhaseCost("refit", 0, round(rounds * tokens), cost.refit(tokens) * rounds)
     if steps.settle:
-        masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
+        masked = cost.step(cost.whole, share=job.shapes.share)
         yield row("settle", steps.settle, steps.settle * per_step, masked)
     if steps.tune:
         each = cost.full_step() if training.after_cut == "full" else cost.step(cost.cut)
-        yield row("tune", steps.tune, steps.tune * per_step, each + cost.taught())
+        yield row("tune", steps.tune, steps.tune * per_step, each)
     if evaluation.every is not None:
         yield _validation(job, cost)
     # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.

@@ -90,11 +90,6 @@ class Workload:
         return Phases.from_config(self.config.training)
 
     @property
-    def teaches(self) -> bool:
-        """Whether there is a teacher after the open phase."""
-        return self.config.training.distill > 0 and self.phases.open > 0
-
-    @property
     def refits(self) -> bool:
         """Whether linears are fitted before the cut: experts have none that could make up for them."""
         readers = any(structure.reader for structure in self.shapes.space.structures)

@@ -121,25 +121,22 @@ class _Memory:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
         watched = job.config.decisions.source == "running"
         if steps.open:
-            yield "open", self._training(whole, taught=False, watched=watched)
+            yield "open", self._training(whole, watched=watched)
         left = self._left_by_saliency() if steps.open else {}
         moments = [self._held(whole) | left | self._decision(1)] if job.measures_saliency and not static else []
         if rounds > 1:
             moments.append(self._held(whole, refitted=True) | self._originals() | left | self._decision(1))
         if moments:
             yield "saliency", self._largest(*moments)
-        if job.teaches:
-            # All merged weights exist before the first is cast.
-            yield "teacher", self._held(whole) | {"merged": weights_of(whole) * self.weight}
         if steps.search:
-            yield "search", self._training(whole, taught=True, slices=1.0, watched=watched)
+            yield "search", self._training(whole, slices=1.0, watched=watched)
         if job.refits:
             left = left if moments else self._casts(whole) if steps.open else {}
             slices = self._slices(1.0) if steps.search else left
             originals = self._originals() if rounds > 1 else {}
-            yield "refit", self._held(whole, taught=True, refitted=True) | originals | slices | self._refit()
+            yield "refit", self._held(whole, refitted=True) | originals | slices | self._refit()
         if steps.settle:
-            yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
+            yield "settle", self._training(whole, slices=job.shapes.share, refitted=True)
         yield "cut", self._largest(*self._cut())
         compiled = self._compiled(batches=0)
         if self.full:
@@ -148,9 +145,9 @@ class _Memory:
             if steps.tune:
                 yield "tune", masters._full_step() | compiled
         else:
-            done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
+            done = self._held(kept) | (self._casts(kept) if steps.tune else {})
             if steps.tune:
-                yield "tune", self._training(kept, taught=True) | compiled
+                yield "tune", self._training(kept) | compiled
         yield "export", done | compiled | self._export()
         scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
         batches = 1 + -(-job.questions.sequences // job.config.evaluation.batch_size)
@@ -198,11 +195,10 @@ class _Memory:
         largest = max(widths.largest() for widths in layers)
         return {"dequantized": largest * (wide + (narrow if narrow < wide else 0))}
 
-    def _held(self, layers: Layers, *, taught: bool = False, begun: bool = True, refitted: bool = False) -> Parts:
-        """Weights and adapter; optimizer state once training has `begun`; the teacher if `taught` and there is one.
+    def _held(self, layers: Layers, *, begun: bool = True, refitted: bool = False) -> Parts:
+        """Weights and adapter; optimizer state once training has `begun`.
 
-        The teacher copies the linears of the whole model in the dtype of the products and shares the rest. AdamW has
-        two moments of each trained parameter from the first step on.
+        AdamW has two moments of each trained parameter from the first step on.
         """
         job, cut = self.job, layers is self.shapes.kept
         adapter = self._adapter(layers)
@@ -210,12 +206,7 @@ class _Memory:
         begun = begun and (cut or job.phases.cut_step > 0)
         held = self._weights(layers, refitted) | {"adapter": adapter * _ADAPTER} | self._dequantized(layers)
         held["optimizer"] = trained * _MOMENTS if begun else 0
-        held |= self._kept_aside(trained if cut else 0)
-        return held | (self._teacher() if taught else {})
-
-    def _teacher(self) -> Parts:
-        copied = weights_of(self.shapes.whole) * self.product + self.table * self.weight
-        return {"teacher": copied} if self.job.teaches else {}
+        return held | self._kept_aside(trained if cut else 0)
 
     def _kept_aside(self, trained: int) -> Parts:
         """The best of so many trained parameters since the cut."""
@@ -233,16 +224,14 @@ class _Memory:
         trained = self.job.after["total"]
         held: Parts = {"process": self.vocab * _WORD * self.on_host, "weights": trained * _FLOAT}
         held |= {"gradients": trained * _FLOAT, "optimizer": trained * _MOMENTS if begun else 0}
-        return held | self._kept_aside(trained) | self._teacher()
+        return held | self._kept_aside(trained)
 
     def _full_step(self) -> Parts:
         """A step of all weights, or the checkpoint after it. Autocast keeps the weights that it casts for the pass."""
         trained, kept = self.job.after["total"], self.shapes.kept
         exchanged = trained * _FLOAT if self.job.count > 1 else 0
         casts = self._narrow(weights_of(kept))
-        in_pass = self._pass(
-            lambda widths: kept_by_full(self.shapes, widths, self.how), kept, self.batch, self.job.teaches
-        )
+        in_pass = self._pass(lambda widths: kept_by_full(self.shapes, widths, self.how), kept, self.batch)
         clipped = trained * _FLOAT if self.training.update_clipping else 0
         step = {"exchanged": exchanged, "casts": casts, "clipped": clipped} | self._tables(head=True) | in_pass
         saved = trained * (_FLOAT + _MOMENTS) * self.on_host
@@ -292,32 +281,28 @@ class _Memory:
 
     # Moments
 
-    def _training(
-        self, layers: Layers, *, taught: bool, slices: float = 0.0, watched: bool = False, refitted: bool = False
-    ) -> Parts:
+    def _training(self, layers: Layers, *, slices: float = 0.0, watched: bool = False, refitted: bool = False) -> Parts:
         """A LoRA step with its gradients, or the checkpoint after it: the larger one.
 
         Gradients that processes exchange are copied into one piece for it.
         """
         job, cut = self.job, layers is self.shapes.kept
-        held = self._held(layers, taught=taught, refitted=refitted)
+        held = self._held(layers, refitted=refitted)
         held |= self._slices(slices, refitted) if slices else self._casts(layers)
         gradients = (self._adapter(layers) + self.table) * _FLOAT
         step: Parts = {"gradients": gradients, "exchanged": gradients if job.count > 1 else 0}
         if self.table:
             step |= self._tables(head=self.tied)
         how = replace(self.how, watched=watched)
-        in_pass = self._pass(
-            lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
-        )
+        in_pass = self._pass(lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch)
         moments = [step | in_pass | self._row_norms(layers)]
         if slices == 1.0 and job.config.decisions.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
         head = self._narrow(self.vocab * self.hidden) if self.ranks == 1 else 0  # steps keep it
-        moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut), "head": head})
+        moments.append({"checkpoint": self._checkpoint(layers, refitted=cut), "head": head})
         return held | self._largest(*moments)
 
-    def _pass(self, keeps: Callable[[LayerWidths], float], layers: Layers, tokens: int, teacher: bool) -> Parts:
+    def _pass(self, keeps: Callable[[LayerWidths], float], layers: Layers, tokens: int) -> Parts:
         """Activations of a forward pass, and what is largest beside them: the loss or one layer backward.
 
         keeps: bytes per token of a layer. With gradient checkpointing a layer keeps its input alone, and one layer at a
@@ -331,14 +316,14 @@ class _Memory:
             each = [0.0 if self.training.offload else self.hidden * self.weight] * len(layers)
         inner = max(widths.inner for widths in layers)
         backward = recomputed + tokens * (2 * inner * self.product + 3 * self.hidden * self.weight)
-        loss = self._loss(tokens, teacher)
+        loss = self._loss(tokens)
         beside = {"logits": loss} if loss >= backward else {"backward": backward}
         return {"activations": sum(each) * tokens} | beside | self._gathered()
 
-    def _loss(self, tokens: int, teacher: bool) -> float:
+    def _loss(self, tokens: int) -> float:
         return kept_by_loss(
             max(round(tokens * self.job.scored), 1), self.hidden, self.vocab, weight=self.weight, product=self.product,
-            on_host=bool(self.on_host), teacher=teacher, capped=self.caps,
+            on_host=bool(self.on_host), capped=self.caps,
         )  # fmt: skip
 
     def _left_by_saliency(self) -> Parts:
@@ -358,7 +343,7 @@ class _Memory:
         stays = not (self.training.gradient_checkpointing or self.training.offload)
         merged = self._floats(whole) * self.product if stays and self.product < self.weight else 0
         return {"merged": merged} | self._pass(
-            lambda widths: kept_by_saliency(self.shapes, widths, how), whole, windows * self.length, teacher=False
+            lambda widths: kept_by_saliency(self.shapes, widths, how), whole, windows * self.length
         )
 
     def _refit(self) -> Parts:
@@ -392,7 +377,7 @@ class _Memory:
         no moments until that is loaded.
         """
         whole, kept, window = self.shapes.whole, self.shapes.kept, self.length * self.vocab * _FLOAT
-        held, logits = self._held(whole, taught=True, refitted=True), window * WINDOWS * self.on_host
+        held, logits = self._held(whole, refitted=True), window * WINDOWS * self.on_host
         yield held | {"certificate": logits + window} | self._gathered()
         floating = self._floating(kept, True)
         weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
@@ -401,8 +386,8 @@ class _Memory:
         weight = max(widths.largest() for widths in whole) * self.weight
         one = {} if self.ranks == 1 else {"gathered": 2 * weight}  # at a time, as it arrives and in one piece
         yield held | {"cut weights": cut, "certificate": logits} | one
-        uncut = self._saved(whole, self.job.teaches, refitted=True)
-        after = self._held(kept, taught=True, begun=False, refitted=True)
+        uncut = self._saved(whole, refitted=True)
+        after = self._held(kept, begun=False, refitted=True)
         yield after | {"checkpoint": uncut, "certificate": self._reference(models=1)} | self._gathered()
         if self.full:
             # Merged weights move to where they are trained; then they are written to the checkpoint, and read again.
@@ -469,14 +454,13 @@ class _Memory:
         """Bytes of weights in the narrow dtype, which autocast keeps for all passes of a scoring."""
         return entries * self.product if self.product < self.weight else 0
 
-    def _checkpoint(self, layers: Layers, teacher: bool, refitted: bool) -> float:
+    def _checkpoint(self, layers: Layers, refitted: bool) -> float:
         """The copy on the host of what a checkpoint holds."""
-        return self._saved(layers, teacher, refitted) * self.on_host
+        return self._saved(layers, refitted) * self.on_host
 
-    def _saved(self, layers: Layers, teacher: bool, refitted: bool) -> float:
-        """Adapter and moments, the adapter that made the teacher, and refitted weights, or this process's shard."""
+    def _saved(self, layers: Layers, refitted: bool) -> float:
+        """Adapter and moments, and refitted weights, or this process's shard."""
         saved: float = (self._adapter(layers) + self.table) * (_ADAPTER + _MOMENTS)
-        saved += (self._adapter(self.shapes.whole) + self.table) * _ADAPTER if teacher else 0
         if refitted and self.job.config.decisions.refit_windows:
             for structure in self.shapes.space.structures:
                 if structure.reader is not None:

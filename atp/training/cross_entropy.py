@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +24,21 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 TILE_ROWS = 128
 
 
-class SoftTargets(NamedTuple):
-    """A teacher's predictions q = softmax(hidden @ head^T) and their share of the loss.
-
-    hidden [tokens, its hidden_size], head [vocab, its hidden_size].
-    """
-
-    hidden: Tensor
-    head: Tensor
-    share: float
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None = None, *, cap: float | None = None
-) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], scalar in float32 or wider.
 
-    soft: (1 - share) of that, plus share * KL(q || softmax(hidden @ weight^T)). cap: every product z, also of a
-    teacher, becomes the logit cap * tanh(z / cap).
+    cap: every product z becomes the logit cap * tanh(z / cap).
 
     hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products use
     the autocast dtype if autocast is on, otherwise that of hidden; softmax and sum use float32 (float64 for float64
     inputs). Differentiable in hidden, and in weight if it requires a gradient. On CUDA liger-kernel is used where it is
     installed, at the price of a host-device sync that reads its count of targets.
     """
-    if soft is None and hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
+    if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(weight, hidden, targets)
-    if soft is not None:
-        soft = SoftTargets(soft.hidden, _held(soft.head, _product_dtype(soft.hidden)), soft.share)
-    return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, soft, cap)
+    return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, cap)
 
 
 _casts: dict[Tensor, tuple[int, Tensor]] | None = None  # of heads, with the version of the weight that each was made of
@@ -98,13 +81,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """With p = softmax(h W^T): dh = (p - onehot) W and dW = (p - onehot)^T h, formed in the forward pass.
 
-    A cap multiplies p - onehot by 1 - tanh^2. With soft targets onehot becomes (1 - share) onehot + share q.
+    A cap multiplies p - onehot by 1 - tanh^2.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None, cap: float | None
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         device, dtype = hidden.device.type, _product_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -120,13 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 states = hidden[span].to(dtype)
                 slope = torch.mm(states, head.T, out=chunk[: len(states)])
                 bend = None if cap is None else _cap_(slope, cap)
-                if soft is None:
-                    total += cross_entropy_(slope, targets[span]).sum()
-                else:
-                    theirs = soft.hidden[span].to(dtype) @ soft.head.to(dtype).T
-                    if cap is not None:
-                        _cap_(theirs, cap)
-                    total += _mixed_(slope, targets[span], theirs.to(wide).log_softmax(-1), soft.share)
+                total += cross_entropy_(slope, targets[span]).sum()
                 if bend is not None:
                     slope.mul_(bend)
                 if d_hidden is not None:
@@ -139,13 +114,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None
 
 
 def _cap_(logits: Tensor, cap: float) -> Tensor:
@@ -153,22 +128,6 @@ def _cap_(logits: Tensor, cap: float) -> Tensor:
     bend = logits.div_(cap).tanh_().square().neg_().add_(1)
     logits.mul_(cap)
     return bend
-
-
-def _mixed_(logits: Tensor, targets: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """Sum over rows of the mixed loss; logits [rows, vocab] become its gradient with respect to them.
-
-    KL(q || p) = sum of q (log q - logits), plus log sum exp(logits), which follows from the cross-entropy. log_q is
-    overwritten.
-    """
-    q = log_q.exp()
-    rows = torch.arange(len(targets), device=logits.device)
-    at_target = logits[rows, targets].to(q.dtype)
-    distance = log_q.sub_(logits).mul_(q).sum(-1)
-    entropy = cross_entropy_(logits, targets)
-    logits.sub_(q.mul_(share))
-    logits[rows, targets] += share
-    return ((1 - share) * entropy + share * (distance + entropy + at_target)).sum()
 
 
 def _rows(hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> int:

@@ -171,7 +171,7 @@ def refused(loop: Loop) -> str | None:
         return "its processes exchange gradients inside the backward pass"
     if loop.trains_all or training.embeddings:
         return "the head's gradient is not added inside the passes, as that of the embeddings is"
-    for key in ("gradient_checkpointing", "offload", "hold_sinks"):
+    for key in ("gradient_checkpointing", "offload"):
         if getattr(training, key):
             return f"training.{key} works inside the passes"
     if loop.config.lora.dropout:

@@ -39,7 +39,6 @@ from atp.training.checkpoint import Checkpoint, prefixed, resume_point
 from atp.training.cross_entropy import held_heads
 from atp.training.cuda_graphs import CudaGraphs, GraphedDecoder, refused
 from atp.training.data import Batch, step_batches
-from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
 from atp.training.flat import CASTS_ON, FlatParameters, NarrowFactors
 from atp.training.loss import causal_lm_loss, causal_of
@@ -49,7 +48,6 @@ from atp.training.optimizer import CLIPS, adamw
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import begun, fingerprints, refuse_other_inputs
 from atp.training.schedule import Phases, full_rate, learning_rate
-from atp.training.sinks import Sinks
 from atp.training.validation import Validation
 
 _UNMASKED = ("open", "tune")  # phases whose steps compute the same each time
@@ -91,10 +89,9 @@ class Loop:
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
         self.callbacks = [*callbacks, *([Trackers()] if trackers else []), *told]
         self.step, self.phase = 0, ""  # finished LoRA steps, and what they are part of
-        self.teacher: Teacher | None = None
         self.checkpoint_root = folder / "checkpoints"
         self.metrics, self.clock = MetricsLog(folder / "metrics.jsonl"), PhaseClock()
-        self.finite, self.sinks = FiniteGuard(config.training.max_bad_steps), Sinks(config.training.hold_sinks)
+        self.finite = FiniteGuard(config.training.max_bad_steps)
         self.signals = SignalGuard()
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
@@ -124,7 +121,7 @@ class Loop:
             train_embeddings(model)
         if self.config.training.gradient_checkpointing:
             recompute_layers(model)
-        shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
+        shared = heap.addresses(getattr(self, "model", None))
         self.model: CausalLM = cast(Any, model).to(self.device)
         heap.move_from(self.model, shared)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -173,15 +170,12 @@ class Loop:
             yield batches[-1]
 
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
-
-        Cross-entropy, mixed with the distance to the teacher if there is one, and beside it, in no record, `Sinks`.
-        """
-        with self.autocast(), self.offload.saving(self.model), self.sinks.watched(self.model) as first:
-            loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher, decode=self._decode)
+        """A batch's share of the step's mean cross-entropy per token, scalar float32. tokens: `scored_tokens`."""
+        with self.autocast(), self.offload.saving(self.model):
+            loss = causal_lm_loss(self.model, batch, tokens, decode=self._decode)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()
-        return loss + self.sinks.distance(first) * (processes.count() / self.batches_per_step)
+        return loss
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
@@ -404,7 +398,6 @@ class Loop:
         path = processes.on_main(lambda: resume_point(self.checkpoint_root, self.say)) if resume else None
         if path is None:
             self.metrics.rewind(0)
-            self.sinks.look(self.model, self.train_dataset, self.autocast())
         return path
 
     def checkpoint(self) -> Checkpoint:
@@ -412,7 +405,7 @@ class Loop:
         tensors = prefixed("model", self._adapter()) | prefixed("best", self.validation.adapter)
         for flat in self.flats:
             tensors |= prefixed("lora_optimizer", flat.state_of(self.adamw))
-        tensors |= prefixed("sinks", self.sinks.states) | {"rng.cpu": torch.get_rng_state()}
+        tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         meta = {
@@ -465,7 +458,6 @@ class Loop:
         self.validation.load(state.meta["validation"], state.part("best"))
         for flat in self.flats:
             flat.load_state(self.adamw, state.part("lora_optimizer"))
-        self.sinks.states = {layer: held.to(self.device) for layer, held in state.part("sinks").items()}
         self._reset_loss()
         self._batches = self.batches_from(self.step)
         # Last: all of the above may draw random numbers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from atp.sharding.shards import whole
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.profiling import scope
 
-if TYPE_CHECKING:
-    from atp.training.distill import Teacher
-
 Decode = Callable[[Any, dict[str, Any]], Tensor]
 """(decoder, its keywords) -> its last hidden state [batch, tokens, hidden]."""
 
@@ -28,22 +25,19 @@ def causal_lm_loss(
     batch: dict[str, Any],
     count: Tensor | int | None = None,
     *,
-    teacher: Teacher | None = None,
     decode: Decode | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
     model: a causal LM, also inside PEFT or a distributed wrapper. count: divisor of the sum over tokens, for steps of
     several batches; default the scored tokens of this batch. Positions without a label cost nothing, but in a model
-    of an unknown family, which computes all its logits. teacher: mixes in the distance to its predictions of the same
-    tokens. decode: what calls the decoder.
+    of an unknown family, which computes all its logits. decode: what calls the decoder.
     """
     if family_name(causal_of(model).config.model_type) not in FAMILIES:
         return _plain_loss(model, batch) / (len(batch["targets"]) if count is None else count)
     scored, head = head_inputs(model, batch, decode)
-    soft = None if teacher is None else teacher.targets(batch)
     with scope("loss"):
-        total = linear_cross_entropy(scored, head, batch["targets"], soft, cap=logits_cap(model))
+        total = linear_cross_entropy(scored, head, batch["targets"], cap=logits_cap(model))
         return total / (len(batch["targets"]) if count is None else count)
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -40,7 +39,6 @@ from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record
 from atp.training.certificate import write_certificate
 from atp.training.checkpoint import Checkpoint
-from atp.training.distill import Teacher
 from atp.training.loop import Loop
 from atp.training.loss import causal_of
 from atp.training.pruning import Pruning
@@ -84,7 +82,6 @@ class ATPTrainer(Loop):
         )  # fmt: skip
         self.params_before = params_before
         self._merged: dict[str, Tensor] = {}  # DoRA's adapter of the open phase, once it is merged
-        self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
             self.adapted, space, calibration_dataset, self.config.decisions, self.config.training, seed=config.seed,
             autocast=self.autocast_dtype,
@@ -147,7 +144,7 @@ class ATPTrainer(Loop):
             self.take_best()
 
     def train_open(self, resume: bool = False) -> Path:
-        """Runs what is left of all that no target changes: the open phase, and saliency and teacher at its end.
+        """Runs what is left of all that no target changes: the open phase, and the saliency at its end.
 
         Returns the checkpoint that it writes there; `atp.training.resume.for_target` makes it that of a run with any
         target. Raises as `train` does.
@@ -176,8 +173,6 @@ class ATPTrainer(Loop):
                 self._merge()
         if not self.pruning.scored:
             self._score()
-        if self.teacher is None and self.config.training.distill and self.phases.open:
-            self._teach()
 
     def _start(self) -> None:
         set_seed(self.config.seed)  # whatever this process drew before must not matter
@@ -187,11 +182,6 @@ class ATPTrainer(Loop):
     def _score(self) -> None:
         with self.clock.timed("saliency"):
             self.pruning.start()
-
-    def _teach(self) -> None:
-        """Makes the model as it is the teacher of all later steps."""
-        self._taught = self._adapter_copy()
-        self.teacher = Teacher(self.adapted, self.config.training.distill, self.autocast_dtype)
 
     def _adapter_copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._adapter().items()}
@@ -323,7 +313,6 @@ class ATPTrainer(Loop):
     def checkpoint(self) -> Checkpoint:
         state = super().checkpoint()
         self.pruning.add_to(state)
-        state.tensors |= checkpoints.prefixed("teacher", self._taught)
         state.tensors |= checkpoints.prefixed("merged", self._merged)
         return state
 
@@ -333,12 +322,6 @@ class ATPTrainer(Loop):
         if merged:
             self._set_adapter(merged)
             self._merge()
-        taught = state.part("teacher")
-        if taught:
-            with torch.no_grad():
-                for name, value in taught.items():
-                    self.model.get_parameter(name).copy_(value)
-            self._teach()
         self.pruning.load(state)
         if self.pruning.is_cut:
             self.bind(self.pruning.model)

@@ -113,7 +113,6 @@ def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(conf
     ({"training": {"open": 0}}, "decisions.source=tuned judges the model before any tuning, since training.open is 0"),
     ({"training": {"open": 0, "search": 40}}, None),
     ({"training": {"open": 0}, "decisions": {"source": "static"}}, None),
-    ({"training": {"open": 0, "distill": 0.5}, "decisions": {"source": "static"}}, "training.distill has no teacher, "),
     ({"preset": "paper"}, None),
     ({}, None),
 ])  # fmt: skip

@@ -188,7 +188,6 @@ def test_one_process_alone_shares_nothing_and_says_so_where_it_is_asked_to(monke
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.distill=0.5", "training.open=2"], "training.distill holds a whole model in every process"),
         (["evaluation.dense_baseline=true"], "evaluation.dense_baseline trains a model of its own"),
         (["lora.variant=dora", "training.search=0", "training.settle=0"], "lora.variant=dora reads the norms of whole"),
     ],

@@ -51,7 +51,7 @@ class Chaos:
         self.config = folder / "config.yaml"
         config = tiny_config(folder / "inputs")
         config.training.keep_checkpoints, config.export.keep_adapter = 3, True
-        config.training.open = 2  # and so a teacher, which a resumed run must make again
+        config.training.open = 2
         self.config.write_text(config.dump())
         self._unbroken = {}
 

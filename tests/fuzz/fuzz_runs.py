@@ -59,11 +59,11 @@ VALUES = {
     "lora": {"r": [1, 4, 16], "dropout": [0, 0, 0.2]},
     "training": {
         "open": [None, 0, 2, 4], "search": [0, 0, 2, 3], "settle": [0, 1, 2], "tune": [1, 3, 5], "batch_size": [1, 2],
-        "gradient_accumulation": [1, 1, 2], "distill": [0, 0, 0.5], "schedule": ["constant", "linear", "cosine"],
+        "gradient_accumulation": [1, 1, 2], "schedule": ["constant", "linear", "cosine"],
         "warmup": [0, 1, 20], "regularizer": ["lasso", "l0"], "precision": ["float32", "bfloat16"],
         "gradient_checkpointing": [False, True], "offload": [False, False, True], "save_every": [1, 2, 50],
         "keep_checkpoints": [1, 2], "log_every": [1, 2, 7], "keep_best": [False, True], "patience": [None, None, 1],
-        "update_clipping": [None, False, True], "hold_sinks": [0, 0, 1],
+        "update_clipping": [None, False, True],
     },
     "evaluation": {
         "every": [None, 1, 3], "validation_windows": [None, 1], "generate": [False, True], "answers": [False, True],

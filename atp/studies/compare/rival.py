@@ -38,7 +38,7 @@ from atp.training.callbacks import Callback, Record
 from atp.training.loop import Loop
 
 _PROBED = 8  # steps, after a first one, by whose time the number of steps is chosen
-_PLAIN = {"hold_sinks": 0.0, "gradient_checkpointing": False, "cuda_graphs": False}  # what needs a known family
+_PLAIN = {"gradient_checkpointing": False, "cuda_graphs": False}  # what needs a known family
 
 
 def rival_config(config: ATPConfig, model: str, seconds: float | None) -> ATPConfig:

@@ -32,8 +32,8 @@ _TAKEN = (INPUTS, VOCABULARY, "evaluation.json", "metrics.jsonl")  # what a targ
 class SharedRun(Run):
     """The part of a run that no target changes, in a folder of its own.
 
-    The scores of the original model, the tuned dense model if the config asks for it, the open phase, and saliency and
-    teacher at its end. shared.json says that all of it is there, and what it took.
+    The scores of the original model, the tuned dense model if the config asks for it, the open phase, and the saliency
+    at its end. shared.json says that all of it is there, and what it took.
     """
 
     def __init__(self, config: ATPConfig, targets: Sequence[ATPConfig], **options: Any) -> None:

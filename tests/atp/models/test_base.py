@@ -72,7 +72,6 @@ def test_fingerprints_and_logits_are_of_the_quantized_weights(wide):
 
 
 REFUSED = {
-    ("model.load_in=4bit", "training.distill=0.5", "training.open=2"): "training.distill holds a whole model in float",
     ("model.load_in=2bit",): "config key 'model.load_in' is '2bit'",
 }
 

@@ -211,7 +211,7 @@ def test_under_a_launcher_the_main_process_plans_alone(command, config, monkeypa
 
 def test_the_command_plans_for_processes_on_gpus_that_are_not_here(command):
     asked = ("--processes", "8", "--device", "cuda", "training.sharding=fsdp", "evaluation.dense_baseline=false")
-    code, out, err = command(public("Llama-3.1-8B"), *asked, "training.distill=0")
+    code, out, err = command(public("Llama-3.1-8B"), *asked)
     assert (code, err) == (0, "")
     assert "on cuda in 8 processes" in out and "Memory of each process at the peak" in out
     rows = [line.split() for line in out.split("Exchanged in a step")[1].splitlines()]

@@ -43,8 +43,7 @@ def test_the_largest_moment_is_that_of_a_real_cut(tmp_path, sizes, monkeypatch):
             "data": {"length": LENGTH},
             "decisions": {"source": "tuned", "multiples": {}, "refit_windows": 0},
             "lora": {"r": 4, "alpha": 4},
-            "training": {"open": 1, "search": 0, "settle": 0, "tune": 0, "batch_size": 1, "precision": "float32",
-                         "distill": 0.0},
+            "training": {"open": 1, "search": 0, "settle": 0, "tune": 0, "batch_size": 1, "precision": "float32"},
         }
     )  # fmt: skip
     cut = ATPTrainer._cut

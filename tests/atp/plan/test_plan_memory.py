@@ -54,15 +54,11 @@ def test_offloaded_activations_leave_one_layer_in_the_backward_pass():
     assert saliency["parts"].keys().isdisjoint({"activations", "merged"})
 
 
-def test_large_vocabularies_fill_chunks_of_logits_and_a_teacher_three_more():
-    asked = ("data.length=512",)
-    taught, alone = (parts(*asked, f"training.distill={d}", vocab_size=100_000) for d in (0.5, 0))
+def test_large_vocabularies_fill_chunks_of_logits():
+    alone = parts("data.length=512", vocab_size=100_000)
     rows = 64 * 2**20 // (4 * 100_000)
     assert rows < 2 * 512
     assert alone["open"]["parts"]["logits"] == rows * 100_000 * 4 + 2 * 1024 * 96 * 4
-    more = taught["tune"]["parts"]["logits"] - alone["tune"]["parts"]["logits"]
-    assert more == 3 * rows * 100_000 * 4 + 1024 * 96 * 4
-    assert taught["tune"]["parts"]["teacher"] == 4 * 2 * WHOLE and "teacher" not in alone["tune"]["parts"]
 
 
 def test_autocast_halves_products_and_adds_narrow_weights():
@@ -81,7 +77,7 @@ def test_checkpointing_keeps_the_stream_and_computes_one_layer_again():
 
 
 def test_refit_by_hand():
-    plan = job("decisions.refit_windows=8", "training.distill=0")
+    plan = job("decisions.refit_windows=8")
     row = next(row for row in memory_of(plan) if row["phase"] == "refit")["parts"]
     kept = 0.9 * 256  # in the widest layer of a cut that leaves unequal ones
     assert kept > plan.shapes.counts["mlp"][0]
@@ -90,7 +86,7 @@ def test_refit_by_hand():
     in_one_piece = tokens * (96 + 256) * 4 + 4 * (kept**2 + kept * 96 + tokens * (kept + 96))
     assert row["solve"] == round(max(in_one_piece, 8 * 4 * (kept**2 + kept * 96)))
     assert "refit" not in parts("decisions.refit_windows=0")
-    equal = parts("decisions.refit_windows=8", "training.distill=0", "decisions.uniform=true")
+    equal = parts("decisions.refit_windows=8", "decisions.uniform=true")
     assert equal["refit"]["parts"]["solve"] < row["solve"] and equal["export"]["bytes"] < parts()["export"]["bytes"]
 
 
@@ -129,7 +125,7 @@ def test_steps_that_are_watched_keep_what_masks_would_multiply():
 
 
 def test_tune_is_of_the_cut_model():
-    plan = job("training.distill=0", "decisions.refit_windows=0")
+    plan = job("decisions.refit_windows=0")
     row = next(row for row in memory_of(plan) if row["phase"] == "tune")["parts"]
     inner, groups = plan.shapes.counts["mlp"][0], plan.shapes.counts["kv_group"][0]
     assert groups == 1
@@ -142,7 +138,7 @@ def test_tune_is_of_the_cut_model():
 
 
 def test_all_weights_after_the_cut_by_hand():
-    asked = "training.after_cut=full", "training.distill=0", "decisions.refit_windows=0", "training.keep_best=true"
+    asked = "training.after_cut=full", "decisions.refit_windows=0", "training.keep_best=true"
     plan = job(*asked, "evaluation.every=9", "training.update_clipping=true", "model.dtype=bfloat16", count=2)
     rows = {row["phase"]: row["parts"] for row in memory_of(plan)}
     inner, total = plan.shapes.counts["mlp"][0], plan.after["total"]
@@ -154,12 +150,12 @@ def test_all_weights_after_the_cut_by_hand():
     assert row["activations"] == kept * TOKENS * 2
     assert rows["open"]["weights"] == 2 * TOTAL and rows["open"]["adapter"] == 4 * ADAPTER
     assert rows["export"]["weights"] == 4 * total and rows["score again"]["reloaded"] == 2 * total
-    narrow = parts(*asked[:3], autocast=torch.bfloat16, device="cuda")["tune"]["parts"]
+    narrow = parts(*asked[:2], autocast=torch.bfloat16, device="cuda")["tune"]["parts"]
     assert narrow["casts"] == 2 * 2 * (2 * 48 * 96 + 2 * 16 * 96 + 3 * inner * 96)
 
 
 def test_embeddings_beside_lora_by_hand():
-    quiet = "training.distill=0", "decisions.refit_windows=0"
+    quiet = ("decisions.refit_windows=0",)
     for tied, dtype in ((True, "float32"), (False, "bfloat16")):
         given = (*quiet, f"model.dtype={dtype}")
         without, with_them = (
@@ -175,7 +171,7 @@ def test_embeddings_beside_lora_by_hand():
 
 
 def test_layers_that_differ_are_added_up_one_by_one():
-    rows = {row["phase"]: row["parts"] for row in memory_of(unequal_job("training.distill=0"))}
+    rows = {row["phase"]: row["parts"] for row in memory_of(unequal_job())}
     narrow = 2 * 48 * 96 + 2 * 16 * 96 + 3 * 100 * 96
     adapter = ADAPTER // 2 + RANK * (2 * (48 + 96) + 2 * (16 + 96) + 3 * (100 + 96))
     assert rows["open"]["weights"] == 4 * (WHOLE + narrow + 4 * 96 + ENDS)
@@ -186,7 +182,7 @@ def test_layers_that_differ_are_added_up_one_by_one():
 
 
 def test_what_lies_on_the_host_is_not_on_the_device():
-    host, device = (parts("training.distill=0", device=name, vocab_size=20_000) for name in ("cpu", "cuda"))
+    host, device = (parts(device=name, vocab_size=20_000) for name in ("cpu", "cuda"))
     window = LENGTH * 20_000 * 4
     assert host["export"]["parts"]["certificate"] - device["export"]["parts"]["certificate"] == 4 * window
     assert host["score again"]["parts"]["reloaded"] == device["score again"]["parts"]["reloaded"]
@@ -196,7 +192,7 @@ def test_what_lies_on_the_host_is_not_on_the_device():
 
 def test_models_that_are_read_again_and_timed_exist_once():
     """Tensors lie in the pages of their file; the original and the final model are timed side by side."""
-    rows = {phase: row["parts"] for phase, row in parts("training.distill=0").items()}
+    rows = {phase: row["parts"] for phase, row in parts().items()}
     speed, again = rows["speed"], rows["score again"]
     assert rows["export"]["reloaded"] == again["reloaded"] == speed["reloaded"] == rows["tune"]["weights"]
     assert "file" not in again and speed["weights"] == rows["score"]["weights"]

@@ -16,7 +16,7 @@ from atp.plan.exchange import exchange_of
 from atp.plan.memory import memory_of
 from benchmarks import model_processes
 
-QUIET = ("training.distill=0", "evaluation.dense_baseline=false")
+QUIET = ("evaluation.dense_baseline=false",)
 SHARDED = (*QUIET, "training.sharding=fsdp")
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from atp.decide.budget import Budget
 from atp.training import checkpoint as checkpoints
 
-AT_ONCE = {"open": 3, "search": 0, "settle": 0, "tune": 3, "beta2": 0.9, "update_clipping": True, "distill": 0.5}
+AT_ONCE = {"open": 3, "search": 0, "settle": 0, "tune": 3, "beta2": 0.9, "update_clipping": True}
 SLOWLY = AT_ONCE | {"search": 2, "settle": 2}
 DECISIONS = {"space": "kv_group", "blocks": True, "target_keep": 0.2, "multiples": {"mlp": 4}, "refit_windows": 6}
 DEEP = {"num_hidden_layers": 4}
@@ -25,7 +25,7 @@ CASES = {
     "dora": (AT_ONCE, {"source": "tuned"}, {"sizes": DEEP, "lora": {"variant": "dora"}}, [2, 5]),
     "bfloat16": (AT_ONCE, {"source": "running"}, {"sizes": DEEP, "dtype": torch.bfloat16}, [3]),
     "8bit": (
-        AT_ONCE | {"distill": 0.0},
+        AT_ONCE,
         {"source": "tuned"},
         {"sizes": DEEP, "model": {"path": "tiny", "load_in": "8bit"}},
         [3],

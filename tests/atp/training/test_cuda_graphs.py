@@ -75,7 +75,7 @@ def trained(folder, **overrides):
         {},
         {"training": {"precision": "bfloat16"}},
         {"data": {"packing": "separate"}, "training": {"gradient_accumulation": 2}},
-        {"data": {"packing": "padded"}, "training": {"precision": "bfloat16", "distill": 0.5, "open": 14, "tune": 14}},
+        {"data": {"packing": "padded"}, "training": {"precision": "bfloat16", "open": 14, "tune": 14}},
     ],
     ids=["float32", "bfloat16", "separate", "padded"],
 )
@@ -155,7 +155,6 @@ def long(trainer):
         ({"training": {"gradient_checkpointing": True}}, None, "training.gradient_checkpointing works inside"),
         ({"training": {"offload": True}}, None, "training.offload works inside the passes"),
         ({"training": {"embeddings": True}}, None, "the head's gradient is not added inside the passes"),
-        ({"training": {"hold_sinks": 0.1}}, None, "training.hold_sinks works inside the passes"),
         ({}, hook, "somebody waits for calls of base_model.model.model.layers.0"),
         ({}, long, "RoPE of type longrope reads the length of every batch"),
         ({}, lambda trainer: cuda_graphs.__dict__.update(DEVICES=("cuda",)), "it trains on cpu, not on a GPU"),

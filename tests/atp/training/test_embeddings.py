@@ -136,7 +136,6 @@ def test_a_rate_of_their_own(tmp_path):
 
 KINDS = {
     "learned, bfloat16": ({"precision": "bfloat16", "open": 2}, {"source": "learned"}, {}),
-    "a teacher": (AT_ONCE | {"distill": 0.5}, RUNNING, {}),
     "dora": (AT_ONCE, RUNNING, {"lora": {"variant": "dora"}}),
     "clipped updates": (AT_ONCE | {"update_clipping": True, "beta2": 0.9}, RUNNING, {}),
     "narrow weights": (AT_ONCE | {"precision": "bfloat16"}, RUNNING, {"dtype": torch.bfloat16}),
@@ -197,17 +196,6 @@ def test_a_trained_head_is_never_a_cast_of_an_earlier_step():
             flat.mul_(3)
     for ours, truth in found:
         assert ours == pytest.approx(truth, rel=0.02)
-
-
-def test_the_teacher_keeps_the_embeddings_that_it_was_made_with(tmp_path):
-    trainer = make(tmp_path, training=AT_ONCE | {"distill": 0.5, "search": 2}, decisions={"space": "kv_group"})
-    batch, seen, write = collate([windows(4, 7)[row] for row in range(4)]), [], trainer.write
-    trainer.write = lambda state: (seen.append(trainer.teacher and trainer.teacher.targets(batch)), write(state))[1]
-    trainer.train()
-    taught = [targets for targets in seen if targets is not None]
-    assert len(taught) >= 4
-    for targets in taught[1:]:
-        assert torch.equal(targets.hidden, taught[0].hidden) and torch.equal(targets.head, taught[0].head)
 
 
 def test_shards_and_a_rate_without_embeddings_are_refused():

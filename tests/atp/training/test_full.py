@@ -171,13 +171,11 @@ def test_a_weight_that_was_not_rounded_but_changed_fails_the_certificate(tmp_pat
 
 KINDS = {
     "bfloat16": ({"precision": "bfloat16"}, {}),
-    "a teacher": ({"distill": 0.5, "open": 3}, {}),
     "clipped updates": ({"update_clipping": True, "beta2": 0.9}, {}),
     "rslora": ({}, {"lora": {"variant": "rslora"}}),
     "dora": ({}, {"lora": {"variant": "dora", "dropout": 0.0}}),
     "narrow weights": ({"precision": "bfloat16"}, {"dtype": torch.bfloat16}),
     "checkpointing and offload": ({"gradient_checkpointing": True, "offload": True}, {}),
-    "sinks": ({"hold_sinks": 0.1}, {}),
 }
 
 
@@ -224,19 +222,6 @@ def test_the_run_ends_with_the_best_weights_and_stops_early(tmp_path):
     again = full(tmp_path / "again", **options)
     again.train(resume=True)
     assert_same_end(again, trainer)
-
-
-def test_the_teacher_stays_what_it_was(tmp_path):
-    trainer = full(tmp_path, training={"distill": 0.5})
-    batch = collate([windows(4, 7)[row] for row in range(4)])
-    seen = []
-    write = trainer.write
-    trainer.write = lambda state: (seen.append(trainer.teacher and trainer.teacher.targets(batch)), write(state))[1]
-    trainer.train()
-    taught = [targets for targets in seen if targets is not None]
-    assert len(taught) >= TUNE
-    for targets in taught[1:]:
-        assert torch.equal(targets.hidden, taught[0].hidden) and torch.equal(targets.head, taught[0].head)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

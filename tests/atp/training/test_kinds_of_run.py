@@ -14,7 +14,7 @@ from atp.training import checkpoint as checkpoints
 OPEN = 3
 DEFAULT = {"open": 0, "search": SEARCH, "settle": SETTLE, "tune": TUNE}
 FULL = {
-    "open": OPEN, "search": 2, "settle": 1, "tune": 3, "distill": 0.5, "beta2": 0.9, "update_clipping": True,
+    "open": OPEN, "search": 2, "settle": 1, "tune": 3, "beta2": 0.9, "update_clipping": True,
 }  # fmt: skip
 AT_ONCE = FULL | {"search": 0, "settle": 0}
 # The settings of training and decisions, other sections, and the steps from which runs are resumed: in each phase and

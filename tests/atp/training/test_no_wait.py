@@ -112,9 +112,9 @@ CASES = {
         "training": {"precision": "bfloat16", "regularizer": "l0"},
         "lora": {"dropout": 0.0},
     },
-    "running saliency, teacher": {
+    "running saliency": {
         "decisions": {"source": "running"},
-        "training": {"distill": 0.5, "precision": "bfloat16", "update_clipping": True},
+        "training": {"precision": "bfloat16", "update_clipping": True},
     },
     "saliency, equal layers, checkpointing": {
         "decisions": {"source": "tuned", "uniform": True},

@@ -41,7 +41,7 @@ def moved(monkeypatch):
 
 CASES = {
     "learned": {},
-    "running": {"decisions": {"source": "running", "space": "kv_group"}, "training": {"open": 2, "distill": 0.5}},
+    "running": {"decisions": {"source": "running", "space": "kv_group"}, "training": {"open": 2}},
     "checkpointing": {"training": {"gradient_checkpointing": True, "gradient_accumulation": 2}},
     "separate": {"data": {"packing": "separate"}, "training": {"precision": "bfloat16"}},
     "l0": {"training": {"regularizer": "l0", "precision": "bfloat16"}},

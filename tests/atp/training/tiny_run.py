@@ -51,8 +51,7 @@ def make(folder, model_seed=0, callbacks=(), sizes=None, dtype=torch.float32, va
         "decisions": {"space": "head_dim", "source": "learned", "refit_windows": 32},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
         "training": {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "batch_size": 2, "save_every": 1,
-                     "keep_checkpoints": 20, "precision": "float32", "warmup": 2, "lr": 1e-2, "beta2": 0.999,
-                     "distill": 0.0},
+                     "keep_checkpoints": 20, "precision": "float32", "warmup": 2, "lr": 1e-2, "beta2": 0.999},
     }  # fmt: skip
     for key, value in overrides.items():
         config[key] = config.get(key, {}) | value

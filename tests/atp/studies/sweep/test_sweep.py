@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("wide_budget")
 
 AT_ONCE = {"open": 2, "search": 0, "settle": 0, "tune": 2}
 CASES = {
-    "tuned, with a teacher": (AT_ONCE | {"distill": 0.5}, {}),
+    "tuned": (AT_ONCE, {}),
     "learned, after an open phase": (AT_ONCE | {"search": 2, "settle": 1}, {"source": "learned"}),
     "nothing open, saliency at once": (AT_ONCE | {"open": 0}, {"source": "static"}),
     "decisions from the first step on": ({"search": 2, "settle": 1, "tune": 1}, {"source": "learned", "init": "paper"}),
