@@ -350,18 +350,19 @@ class _Memory:
         """All calibration windows of a process at once, on the widest of the two linears that end a block.
 
         Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs; where a
-        norm reads what a block gives, also the outputs of the whole model. The
-        solver works in float64 on [kept, kept] and [kept, hidden]: sums for most windows and for those held out, the
-        damped matrix, its factors, and solutions.
+        norm reads what a block gives, also the outputs of the whole model. Offloading leaves those of one window. The
+        solver holds [kept, kept] and [kept, hidden]: float32 sums over most windows and over those held out, the damped
+        matrix, which its factor replaces, and solutions; in the end the sums of all windows and a float64 matrix.
         """
         tokens = self.job.share_of(self.job.config.decisions.refit_windows) * self.length
+        held = min(self.length, tokens) if self.training.offload else tokens
         read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
         equal = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
         kept = max(equal, self._widest * read)
-        stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
-        products = _FLOAT * (kept * kept + kept * self.hidden + min(TOKENS_AT_ONCE, tokens) * (kept + self.hidden))
-        solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
-        solve = max(products, solving)
+        stream, inputs = held * self.hidden * self.weight, held * read * self.product
+        sums = kept * kept + kept * self.hidden
+        products = _FLOAT * (2 * sums + min(TOKENS_AT_ONCE, tokens) * (kept + self.hidden))
+        solve = max(products, _FLOAT * (3 * sums + kept * self.hidden))
         layer = max(weights_of((widths,)) for widths in self.shapes.whole) * self.weight
         outputs = any(block.after is not None for block in self.family.blocks)
         return {
@@ -373,20 +374,24 @@ class _Memory:
     def _cut(self) -> Iterator[Parts]:
         """Three moments: the reference logits are taken, weights are cut, and logits of the cut model are compared.
 
-        The whole model is gone by the last, but for what the checkpoint of this step holds of it. The cut adapter has
-        no moments until that is loaded.
+        A weight that is cut exists twice for a moment. On a CPU the weights are their file, which stays mapped until no
+        weight of the whole model is left. That is gone by the last, but for its adapter in the checkpoint of this step.
+        The cut adapter has no moments until that is loaded.
         """
         whole, kept, window = self.shapes.whole, self.shapes.kept, self.length * self.vocab * _FLOAT
         held, logits = self._held(whole, refitted=True), window * WINDOWS * self.on_host
         yield held | {"certificate": logits + window} | self._gathered()
         floating = self._floating(kept, True)
-        weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
-        stacked = sum(widths.stacked for widths in kept) * self.weight
-        cut = weights + stacked + self._adapter(kept) * _ADAPTER
+        cut = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
+        cut += sum(widths.stacked for widths in kept) * self.weight + self._adapter(kept) * _ADAPTER
         weight = max(widths.largest() for widths in whole) * self.weight
-        one = {} if self.ranks == 1 else {"gathered": 2 * weight}  # at a time, as it arrives and in one piece
-        yield held | {"cut weights": cut, "certificate": logits} | one
-        uncut = self._saved(whole, refitted=True)
+        if self.ranks == 1:
+            largest = max(weight, max(widths.stacked for widths in whole) * self.weight)
+            mapped = max(cut - largest, 0) if self.on_host and self.form is None else 0
+            yield held | {"certificate": logits, "cut weights": largest, "mapped": mapped}
+        else:  # shards stay until all are cut; one weight at a time, as it arrives and in one piece
+            yield held | {"certificate": logits, "cut weights": cut, "gathered": 2 * weight}
+        uncut = self._saved(whole, refitted=False)
         after = self._held(kept, begun=False, refitted=True)
         yield after | {"checkpoint": uncut, "certificate": self._reference(models=1)} | self._gathered()
         if self.full:
@@ -407,12 +412,13 @@ class _Memory:
     def _export(self) -> Parts:
         """Four moments. The adapter is merged into the linears, one after the other in float64; their logits are taken.
 
-        Once they are saved, the reloaded model takes their place: its logits are compared, and its weights, in eight
-        float64 copies of one.
+        Once they are saved, the reloaded model takes their place: its logits are compared, and on the host its weights,
+        in eight float64 copies of one.
         """
         kept = self.shapes.kept
         largest = max(*(w.largest() for w in kept), self._widest * max(w.largest() for w in self.shapes.whole))
         merged, reloaded = float(weights_of(kept) * self.weight), self._exported()
+        judged = 8 * _DOUBLE * largest * self.on_host
         if self.weight < _FLOAT:
             merged += self.table * self.weight
         if self.full:  # weights of float32 are shared with what is trained
@@ -424,7 +430,7 @@ class _Memory:
         return self._largest(
             {"merged": merged, "float64": 2 * _DOUBLE * largest},
             {"merged": merged, "certificate": self._reference(models=1)},
-            {"reloaded": reloaded, "certificate": self._reference(models=0), "float64": 8 * _DOUBLE * largest},
+            {"reloaded": reloaded, "certificate": self._reference(models=0), "float64": judged},
             {"reloaded": reloaded, "certificate": self._reference(models=2)} | self._gathered(),
         )
 

@@ -27,7 +27,7 @@ from atp.plan.shapes import Layers, ModelShapes, mask_of
 from atp.processes import processes
 from atp.removal import cut_model
 from atp.removal.certify import reference_logits
-from atp.removal.refit import DAMPINGS, Pair, moments_of
+from atp.removal.refit import DAMPINGS, Pair, in_place, moments_of
 from atp.spaces.space import MaskSpace
 from atp.training.cross_entropy import held_heads, linear_cross_entropy
 from atp.training.data import refit_size
@@ -235,8 +235,8 @@ def _of_refit(job: Workload, device: torch.device, seconds: float) -> tuple[floa
     lost = torch.randn(tokens, outputs, device=device, dtype=job.dtype)
     weight = lost.new_empty(outputs, width)
     kept = torch.ones(width, dtype=torch.bool, device=device)
-    add_up = partial(moments_of, [Pair(0, inputs, lost)], weight=weight, kept=kept, together=False)
-    solve = partial(add_up().ridge, DAMPINGS[-1])
+    add_up = partial(moments_of, [Pair(0, in_place(inputs), in_place(lost))], weight=weight, kept=kept, together=False)
+    solve = partial(add_up().ridge, DAMPINGS[-1], torch.float64)
     summed, solved = (_median(step, device, seconds) for step in (add_up, solve))
     return moments(tokens, width, outputs) / summed, solution(width, outputs) / solved
 

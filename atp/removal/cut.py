@@ -55,6 +55,12 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
     return {name: _cut_parameter(name, tensor, space, kept) for name, tensor in state.items() if not _goes(name, gone)}
 
 
+def _drop(model: nn.Module, name: str) -> None:
+    """Takes a parameter out of a model."""
+    place, _, parameter = name.rpartition(".")
+    delattr(model.get_submodule(place), parameter)
+
+
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> CutConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`.
 
@@ -79,14 +85,18 @@ def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> CutC
 
 
 @torch.no_grad()
-def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor) -> PreTrainedModel | PeftModel:
+def cut_model(
+    model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor, *, spend: bool = False
+) -> PreTrainedModel | PeftModel:
     """A smaller model that computes what `model` computes under `mask` on the sums, LoRA included.
 
     model: a causal LM of a supported family, plain or with one LoRA adapter; the result then has an adapter of the same
     config and layer classes. Merge DoRA first, whose norms are of whole rows. Dtypes, devices, requires_grad and
     training mode are kept; set hooks, masks and gradient checkpointing again. Only cut weights take new memory: the
-    result shares all other tensors with `model`, so drop `model` afterwards. A sharded model is cut weight by weight,
-    each gathered and dropped again, into the shards of the smaller one. Raises ValueError as `cut_state_dict`.
+    result shares all other tensors with `model`, so drop `model` afterwards. spend: each weight of `model` goes as its
+    cut form is made, so that only one exists twice at a time; `model` is of no use then. A sharded model is cut weight
+    by weight, each gathered and dropped again, into the shards of the smaller one. Raises ValueError as
+    `cut_state_dict`.
     """
     source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cut_config(source.config, space, mask)
@@ -98,10 +108,19 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
         _fill_shards(base, source, lambda name, weight: _cut_parameter(name, weight, space, kept))
     with torch.device("meta"):
         cut = _wrap_like(model, base) if isinstance(model, PeftModel) else base
-    state = {name: tensor for name, tensor in model.state_dict().items() if not in_shards or ".lora_" in name}
-    cut.load_state_dict(cut_state_dict(state, space, mask), assign=True, strict=not in_shards)
-    complete(base, source, tie=not in_shards)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not in_shards or ".lora_" in name}
+    gone, smaller = space.gone(mask), {}
+    for name in list(state):
+        tensor = state.pop(name)
+        if _goes(name, gone):
+            continue
+        smaller[name] = _cut_parameter(name, tensor, space, kept)
+        if spend and smaller[name] is not tensor:
+            del tensor
+            _drop(model, name)
+    cut.load_state_dict(smaller, assign=True, strict=not in_shards)
+    complete(base, source, tie=not in_shards)
     for name, parameter in cut.named_parameters():
         parameter.requires_grad_(trainable[name])
     return cut.train(model.training)

@@ -1,6 +1,7 @@
-"""Less memory between forward and backward pass: `training.gradient_checkpointing` and `training.offload`.
+"""Less memory for activations: `training.gradient_checkpointing` and `training.offload`.
 
-The first is transformers' own. The second keeps what a backward pass reads outside of the model's memory until then.
+The first is transformers' own. The second keeps what a backward pass reads outside of the model's memory until then,
+and what the refit reads of all its windows.
 
 From a GPU that goes to pinned memory of the host, as in `torch.autograd.graph.save_on_cpu`; in a CPU's memory it would
 only move from one place to another, so there it goes to a file. Weights stay: they are there anyway.
@@ -9,6 +10,8 @@ only move from one place to another, so there it goes to a file. Weights stay: t
 from __future__ import annotations
 
 import tempfile
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +43,21 @@ class Offload:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder, self.bytes = folder, 0
+        self._slots: _Slots | None = None
         # What the last passes put aside, by its address: storages that are still there belong to copies of weights.
         self._saved: dict[int, StorageWeakRef] = {}
+
+    def aside(self, tensor: Tensor) -> _Back:
+        """Puts a tensor away; returns what brings it back. Its place is free once that is dropped.
+
+        Raises OSError where the disk is full.
+        """
+        if self.folder is None or tensor.nbytes < SMALLEST:
+            return lambda: tensor
+        if tensor.device.type != "cpu":
+            return _to_host(tensor)
+        self._slots = self._slots or _Slots(_file(self.folder))
+        return self._slots.put(tensor)
 
     @contextmanager
     def saving(self, model: nn.Module) -> Iterator[None]:
@@ -86,6 +102,22 @@ def _file(folder: Path) -> BinaryIO:
     """A file for one pass, without a name: the system drops it, often unwritten, with the last tensor in it."""
     folder.mkdir(parents=True, exist_ok=True)
     return cast(BinaryIO, tempfile.TemporaryFile(buffering=0, dir=folder))
+
+
+class _Slots:
+    """Tensors in a file, each in the place of an earlier one of its size that nobody needs any more."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.end = file, 0
+        self.free: defaultdict[int, list[int]] = defaultdict(list)
+
+    def put(self, tensor: Tensor) -> _Back:
+        free = self.free[tensor.nbytes]
+        at = free.pop() if free else self.end
+        self.end = max(self.end, at + tensor.nbytes)
+        back = _to_file(tensor, self.file, at)
+        weakref.finalize(back, free.append, at)
+        return back
 
 
 def _to_host(tensor: Tensor) -> _Back:

@@ -285,7 +285,10 @@ class Pruning:
         mine = (orders[number] for number in processes.shares(len(orders))[0])
         batches = (refit_batch(self.calibration, rows, self.device) for rows in mine)
         with inference(self.model, self.autocast):
-            fitted = refit(self.decoder, self.uncut.controller, self.space, mask, batches, among=len(orders))
+            fitted = refit(
+                self.decoder, self.uncut.controller, self.space, mask, batches,
+                among=len(orders), aside=self.offload.aside,
+            )  # fmt: skip
         self.uncut.controller.forget()
         return fitted
 
@@ -305,7 +308,7 @@ class Pruning:
 
     def become_cut(self) -> PeftModel:
         """Takes the smaller model and drops all that belongs to the uncut one."""
-        cut = cut_model(self.model, self.space, self.decisions.mask)
+        cut = cut_model(self.model, self.space, self.decisions.mask, spend=True)
         assert isinstance(cut, PeftModel), "an adapter stays around the cut model"
         self.model = cut
         self._uncut = None

@@ -231,6 +231,7 @@ class ATPTrainer(Loop):
         """Cuts model and optimizer, writes the checkpoint that tune starts from, and continues from it."""
         with self.clock.timed("cut"):
             state = self.checkpoint()
+            state.replace("refit", {})  # a checkpoint on a CPU shares them with the uncut model, which goes
             self.pruning.cut(swap=self.bind)
             for prefix in ("model", "lora_optimizer"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)

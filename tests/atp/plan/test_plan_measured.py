@@ -21,9 +21,9 @@ from benchmarks.measure import allocated_bytes
 from benchmarks.run import MIB
 from benchmarks.whole_run import apart
 
-LENGTH = 32
+LENGTH = 16
 SIZES = {
-    "wide layers": {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 512},
+    "wide layers": {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 1024},
     "many words": {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 96},
 }
 
@@ -65,7 +65,7 @@ def test_the_largest_moment_is_that_of_a_real_cut(tmp_path, sizes, monkeypatch):
     peak = max(held for time, held in allocated_bytes(found) if span.start_ns() <= time <= span.end_ns())
     job = Workload.of(resolve(config), shapes, autocast=None, device="cpu")
     rows = {row["phase"]: row["parts"] for row in memory_of(job)}
-    planned = sum(size for part, size in rows["cut"].items() if part != "process")
+    planned = sum(size for part, size in rows["cut"].items() if part not in ("process", "mapped"))
     print(f"planned {planned}, measured {peak}: {rows['cut']}")
     assert 0.9 * peak <= planned <= 1.1 * peak
 

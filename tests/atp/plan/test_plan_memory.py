@@ -83,8 +83,7 @@ def test_refit_by_hand():
     assert kept > plan.shapes.counts["mlp"][0]
     tokens = 8 * LENGTH
     assert row["windows"] == tokens * (3 * 96 + 256) * 4
-    in_one_piece = tokens * (96 + 256) * 4 + 4 * (kept**2 + kept * 96 + tokens * (kept + 96))
-    assert row["solve"] == round(max(in_one_piece, 8 * 4 * (kept**2 + kept * 96)))
+    assert row["solve"] == round(4 * max(2 * (kept**2 + kept * 96) + tokens * (kept + 96), 3 * kept**2 + 4 * kept * 96))
     assert "refit" not in parts("decisions.refit_windows=0")
     equal = parts("decisions.refit_windows=8", "decisions.uniform=true")
     assert equal["refit"]["parts"]["solve"] < row["solve"] and equal["export"]["bytes"] < parts()["export"]["bytes"]

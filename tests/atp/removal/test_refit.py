@@ -10,7 +10,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.layers import block_output, first_layer_inputs, run_block
 from atp.removal.cut import cut_model
-from atp.removal.refit import DAMPINGS, Pair, moments_of, refit
+from atp.removal.refit import DAMPINGS, Pair, in_place, moments_of, refit
 from atp.spaces.space import MaskSpace
 from atp.training.data import refit_batch
 
@@ -172,7 +172,8 @@ def test_moments_are_those_of_whole_products(width):
     kept = torch.ones(width + 2, dtype=torch.bool)
     kept[[0, width // 2 + 1]] = False
     weight = torch.zeros(5, width + 2, dtype=torch.float64)
-    found = moments_of(list(map(Pair, (0, 1), read, lost)), weight=weight, kept=kept, together=False)
+    pairs = list(map(Pair, (0, 1), map(in_place, read), map(in_place, lost)))
+    found = moments_of(pairs, weight=weight, kept=kept, together=False)
     x, y = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in (read, lost))
     x = x[:, kept]
     for got, expected in zip(found, (x.T @ x, x.T @ y, y.square().sum(), torch.tensor(2.0).double()), strict=True):
@@ -186,8 +187,10 @@ def test_an_input_that_is_almost_always_zero_gets_no_large_weight():
     read[:, 3] = 0
     read[7, 3] = 1e-3
     whole = torch.ones(20, dtype=torch.bool)
+    pairs = [Pair(0, in_place(read), in_place(lost))]
+    sums = moments_of(pairs, weight=torch.zeros(4, 20), kept=whole, together=False)
     for damping in DAMPINGS:
-        added = moments_of([Pair(0, read, lost)], weight=torch.zeros(4, 20), kept=whole, together=False).ridge(damping)
+        added = sums.ridge(damping, torch.float64)
         assert 0 < added[3].abs().max() < added.abs().max()
 
 

@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.removal.refit import refit
+from atp.removal.refit import in_place, refit
 from atp.spaces.space import MaskSpace
+from atp.training import offload
 
 HIDDEN, INNER, BATCHES, LENGTH = 32, 96, 40, 128
 
@@ -47,8 +48,8 @@ class Held(TorchDispatchMode):
             self.now -= size
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_inputs_and_states_are_held_once(padded):
+def refitted(padded, aside=in_place):
+    """A refit of `BATCHES` windows: what it changed, and the most bytes of tensors in it."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
@@ -64,8 +65,38 @@ def test_inputs_and_states_are_held_once(padded):
             batch["text"] = torch.arange(LENGTH)[None] < LENGTH - 1
     decoder = model.get_base_model().model
     with Held() as held:
-        changed = refit(decoder, MaskController(model, space), space, mask, batches)
+        changed = refit(decoder, MaskController(model, space), space, mask, batches, aside=aside)
+    return changed, held.most
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_inputs_and_states_are_held_once(padded):
+    changed, most = refitted(padded)
     assert changed
     states, inputs = (4 * BATCHES * LENGTH * width for width in (HIDDEN, INNER))
     # The rest is of each batch alone, as its RoPE.
-    assert 3 * states + inputs < held.most < 1.25 * (3 * states + inputs)
+    assert 3 * states + inputs < most < 1.25 * (3 * states + inputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_states_put_aside_change_nothing_and_leave_one_window(padded, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    kept, most = refitted(padded)
+    aside, less = refitted(padded, offload.Offload(tmp_path).aside)
+    assert kept.keys() == aside.keys() and all(torch.equal(kept[name], aside[name]) for name in kept)
+    assert less < 0.35 * most, "RoPE of each window and the solver are what is left"
+    assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def test_a_place_in_the_file_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    elsewhere = offload.Offload(tmp_path)
+    tensors = [torch.full((5, 7), float(number), dtype=torch.bfloat16).T for number in range(3)]
+    backs = [elsewhere.aside(tensor) for tensor in tensors]
+    backs[1] = elsewhere.aside(torch.full((7, 5), 9.0))  # another size has a place of its own
+    backs[0] = elsewhere.aside(tensors[2])
+    backs.append(elsewhere.aside(tensors[0]))
+    found = [back() for back in backs]
+    assert elsewhere._slots.end == 3 * 70 + 140, "the place of the second, then that of the first"
+    for got, expected in zip(found, [tensors[2], torch.full((7, 5), 9.0), tensors[2], tensors[0]], strict=True):
+        assert torch.equal(got, expected)

@@ -55,7 +55,7 @@ def test_a_run_meets_budget_and_certificate(finished, tmp_path):
     assert certificate["removed_lora_norm"] == 0.0 and certificate["merge_error"] <= 1.0
     assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
     if training["settle"]:
-        assert certificate["frozen_vs_cut"] > 10 * certificate["masked_vs_cut"], "removed groups had learnt something"
+        assert certificate["frozen_vs_cut"] > 5 * certificate["masked_vs_cut"], "removed groups had learnt something"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     removed = budget.total - budget.kept(mask)
     assert sum(p.numel() for p in reloaded.parameters()) == trainer.params_before - removed
