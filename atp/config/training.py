@@ -82,7 +82,7 @@ class TrainingConfig(Section):
         False, description="Recomputation of activations in the backward pass, to save memory."
     )
     offload: bool = Field(
-        False, description="Offload of activations to host memory until the backward pass; on a CPU, to a file."
+        False, description="Offload of activations and of what the refit reads to host memory; on a CPU, to a file."
     )
     cuda_graphs: bool = Field(
         False, description="CUDA graphs of open and tune steps on a GPU, for batches of a shape that comes again."
