@@ -20,6 +20,14 @@ LENGTHS = (6, 8)  # samples of each window
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])
 
 
+def digits_of(name):
+    """How far results may be from the truth: the class of Gemma 2 takes its softmax in float32, whatever the dtype.
+
+    That rounds differently for samples of other lengths on some CPUs.
+    """
+    return 1e-5 if name == "gemma2" else 1e-10
+
+
 def both(name):
     """The stock model and a cut one, in float64."""
     model = build(name, torch.float64)
@@ -47,13 +55,13 @@ def test_training_masks_give_the_logits_of_each_sample_alone(name, positions):
         given = None if positions is None else positions.expand_as(ids)
         masks = training_masks(ids, given, family_of(model.config).windows(model.config))
         found = model(input_ids=ids, attention_mask=masks, position_ids=given, use_cache=False).logits
-        assert_close(found, alone, rtol=0, atol=1e-10)
+        assert_close(found, alone, rtol=0, atol=digits_of(name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_logits(name):
     # Gemma multiplies by the weights of its norms in float32, and so sums their gradients.
-    digits = 1e-6 if name.startswith("gemma") else 1e-10
+    digits = 1e-6 if name == "gemma3_text" else digits_of(name)
     ids = tokens()
     batch = packed(ids)
     for model in both(name):
@@ -62,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_logits(name):
         expected = F.cross_entropy(torch.cat(parts, dim=1).flatten(0, 1), targets.flatten())
         use_training_attention(model)
         loss = causal_lm_loss(model, batch)
-        assert_close(loss, expected, rtol=1e-10, atol=0)
+        assert_close(loss, expected, rtol=digits_of(name), atol=0)
         weights = list(model.parameters())
         for ours, theirs in zip(*(torch.autograd.grad(x, weights) for x in (loss, expected)), strict=True):
             assert_close(ours, theirs, rtol=0, atol=digits * max(float(theirs.abs().max()), 1))
