@@ -13,7 +13,15 @@ from atp.ground.errors import Interrupted
 from atp.studies.compare import Comparison, baseline_run
 from atp.training import pruning
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget", "hangup")]
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP as a terminal's child has it: a parent such as nohup leaves it ignored."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, usual)
 
 
 def signalled(patch, where, name, signum, after=0):

@@ -111,7 +111,7 @@ def wide_config(folder, precision, asked):
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize(("precision", "asked"), [("float32", False), ("bfloat16", True)])
 def test_peaks_of_a_real_run(tmp_path, monkeypatch, precision, asked):
-    """Within a fifth of what is measured, but for the libraries that a small process loads late."""
+    """Within a fifth below and a quarter above what is measured, but for libraries that a small process loads late."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives freed memory back at once
     config = wide_config(tmp_path, precision, asked)
     expected = plan_memory.planned(config)
@@ -123,4 +123,4 @@ def test_peaks_of_a_real_run(tmp_path, monkeypatch, precision, asked):
         print(f"{part:<12} planned {planned:6.0f} measured {real:6.0f} MiB")
     for part in ("score", "score again") if asked else rows:
         planned, real = rows[part]
-        assert 0.8 * (real - 40) <= planned <= 1.2 * real, part
+        assert 0.8 * (real - 40) <= planned <= 1.25 * real, part
