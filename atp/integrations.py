@@ -23,15 +23,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.data.batches import IGNORE
-from atp.families import family_of, is_cut
+from atp.families import EXPERTS, family_of, is_cut
 from atp.ground.errors import InputError
 from atp.inputs.resolve import resolve
+from atp.lora.experts import STACKED
 from atp.lora.layer import ADAPTER, MaskedPeftLinear, fuse_layers
 from atp.processes import kernels, processes
 from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 from atp.training.pruning import Pruning
 from atp.training.schedule import Phases
+
+_ON_EXPERTS = [f"{EXPERTS}.{name}" for name in STACKED]
 
 
 class ATPCallback(TrainerCallback):
@@ -288,11 +291,14 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
     names = {f"layers.{layer}.{name}" for layer in layers for name, own in space.present(layer).items() if own.lora}
     found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
     remedy = "make the adapter with target_modules='all-linear'"
-    if len(space.adapted) < len(space.modules):  # where PEFT also takes experts for linears
-        remedy = f"make the adapter with target_modules={sorted(name.rpartition('.')[2] for name in space.adapted)}"
-    if config.target_parameters:
+    if EXPERTS in space.modules:  # PEFT's all-linear is on routers too
+        modules = sorted(name.rpartition(".")[2] for name in space.adapted)
+        remedy = f"make the adapter with target_modules={modules}, for experts with target_parameters={_ON_EXPERTS}"
+    on_experts = {name.rpartition(".")[2] for name in config.target_parameters or ()}
+    if on_experts not in (set(), {*STACKED} if EXPERTS in space.modules else set()):
         raise InputError(
-            f"LoRA is on {', '.join(sorted(config.target_parameters))}, which ATPCallback leaves: {remedy}"
+            f"LoRA is on the parameters {', '.join(sorted(cast(Any, config.target_parameters)))}, of which ATPCallback "
+            f"takes those of all experts or none: {remedy}"
         )
     if found.keys() != names:
         raise InputError(

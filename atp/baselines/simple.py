@@ -34,7 +34,7 @@ def magnitude_mask(model: PreTrainedModel, space: MaskSpace, calibration: Datase
 def magnitude_scores(model: PreTrainedModel, space: MaskSpace) -> Tensor:
     """Squared 2-norm of all weights that a decision removes, float64 [space.size]."""
     linears = prunable_linears(model, space)
-    return group_sums(space, lambda name: weight_of(linears[name]).double().square())
+    return group_sums(space, lambda name: weight_of(linears[name], space.linears[name[0]][name[1]]).double().square())
 
 
 def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:

@@ -34,7 +34,7 @@ def uniform_mask(
     space, multiples = budget.space, width_rules(budget, target, multiples)
     free = [s for s in space.structures if layers is None or s.layer in layers]
     share = _uniform_share(free, target, budget)
-    steps = [multiples.get(s.name, 1) for s in free]
+    steps = [s.step(multiples) for s in free]
     counts = [min(max(round(share * s.size / step), 1) * step, s.size) for s, step in zip(free, steps, strict=True)]
     rest = [i for i, structure in enumerate(free) if structure.remainder]
     widest, step = max(free[index].size for index in rest), steps[rest[0]]
@@ -46,7 +46,7 @@ def uniform_mask(
             counts[index] = min((fewest + extra // blocks + (number < extra % blocks)) * step, free[index].size)
         mask = torch.ones(space.size, dtype=torch.bool)
         for structure, count in zip(free, counts, strict=True):
-            kept = scores[structure.span].topk(count).indices
+            kept = structure.ranking(scores[structure.span])[:count]
             mask[structure.span] = False
             mask[structure.start + kept.cpu()] = True
         return mask

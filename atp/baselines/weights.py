@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.families import Channels, Linear
+from atp.spaces.expert_channels import places
 from atp.spaces.space import MaskSpace
 
 LinearName = tuple[int, str]
@@ -24,11 +26,22 @@ def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearNam
     }
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight [outputs, inputs] of a linear or router; of stacked experts a row holds all of one."""
+def weight_of(module: nn.Module, linear: Linear) -> Tensor:
+    """The weight [outputs, inputs] of a linear or router; of stacked experts a row holds all of one, or of a channel.
+
+    linear: how the space sees the module.
+    """
     if isinstance(weight := getattr(module, "weight", None), Tensor):
         return weight.detach()
-    return torch.cat([stacked.detach().flatten(1) for stacked in module.parameters()], dim=1)
+    stacked = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    if not isinstance(linear, Channels):
+        return torch.cat([parameter.flatten(1) for parameter in stacked.values()], dim=1)
+    parts = []
+    for name, parameter in stacked.items():
+        if (found := places(name, linear)) is not None:
+            axis, own = found
+            parts.append(parameter.movedim(axis, 1)[:, own].flatten(2).flatten(0, 1))
+    return torch.cat(parts, dim=1)
 
 
 def group_sums(

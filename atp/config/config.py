@@ -26,7 +26,7 @@ from atp.config.training import TrainingConfig
 from atp.ground.errors import InputError, quote, shorten
 from atp.ground.places import model_place
 from atp.ground.reading import read_yaml_file
-from atp.spaces import BLOCK_SPACES, WHOLE_WIDTHS, space_names, structure_names
+from atp.spaces import BLOCK_SPACES, EXPERT_SPACES, WHOLE_WIDTHS, space_names, structure_names
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
@@ -137,7 +137,7 @@ class DecisionsConfig(Section):
     )
     uniform: bool = Field(
         False,
-        description="Equal widths in all layers, as the stock classes of other tools need; true in space experts.",
+        description="Equal widths in all layers, as the stock classes of other tools need; true in spaces of experts.",
     )
     blocks: bool = Field(
         False,
@@ -152,8 +152,8 @@ class DecisionsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _keeps_stock_experts(cls, values: Any) -> Any:
-        """As many experts in every layer, unless the config says otherwise: stock classes then load the result."""
-        is_experts = isinstance(values, dict) and values.get("space") == "experts"
+        """Equal experts in every layer, unless the config says otherwise: stock classes then load the result."""
+        is_experts = isinstance(values, dict) and values.get("space") in EXPERT_SPACES
         return {"uniform": True, **values} if is_experts else values
 
     @field_validator("space")
@@ -217,7 +217,7 @@ class DecisionsConfig(Section):
 
 
 class LoraSection(Section):
-    """The LoRA adapter, on all seven linears of each layer; beside experts, on the four of attention."""
+    """The LoRA adapter, on all seven linears of each layer; beside experts, on the four of attention, or on both."""
 
     r: int = Field(16, ge=1, description="Rank of the adapter.")
     alpha: float = Field(32.0, gt=0, description="Numerator of the adapter's scale, alpha / r.")
@@ -225,6 +225,15 @@ class LoraSection(Section):
     variant: LoraVariant = Field(
         "lora", description="Kind of adapter: lora, rslora (its scale is alpha / sqrt(r)), or dora (docs/method.md)."
     )
+    experts: bool = Field(False, description="Whether each expert has an adapter of rank r too; no dropout, no dora.")
+
+    @model_validator(mode="after")
+    def _fits_experts(self) -> LoraSection:
+        if self.experts and (self.dropout or self.variant == "dora"):
+            key = "dropout" if self.dropout else "variant"
+            value = getattr(self, key)
+            raise ValueError(f"lora.experts goes without lora.{key}={value}, which PEFT has on linears alone")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -92,7 +92,7 @@ class _Price:
         for structure in structures:
             own = worth[structure.span].sort().values
             each = float(cost[structure.start]) if structure.size else 1.0
-            most = structure.size - min(multiples.get(structure.name, 1), structure.size)
+            most = structure.size - min(structure.step(multiples), structure.size)
             count = torch.searchsorted(own / each, at).clamp_max(most)
             saved.append(each * count.double())
             paid.append(torch.cat([own.new_zeros(1), own.cumsum(0)])[count])

@@ -15,7 +15,7 @@ from atp.decide.rules import width_rules
 from atp.decide.sampling import keep_one
 from atp.ground.errors import NotReached
 from atp.processes.finite import is_finite
-from atp.spaces.space import MaskSpace
+from atp.spaces.space import MaskSpace, Structure
 
 
 def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:
@@ -65,10 +65,10 @@ def fit_mask(
         if is_empty or not structure.size:
             counts.append(0)
             continue
-        step = multiples.get(structure.name, 1)
+        step = structure.step(multiples)
         fewest = math.ceil(structure.least / step)
         counts.append(min(max(round(int(mask[structure.span].sum()) / step), fewest) * step, structure.size))
-    ranked = [logits[s.span].sort(descending=True) for s in budget.space.structures]
+    ranked = [_ranked(logits, structure) for structure in budget.space.structures]
     best = _top(ranked, counts, budget.space)
     while True:
         gap = budget.share(best) - target
@@ -81,24 +81,31 @@ def fit_mask(
             return best
 
 
-def _top(ranked: list, counts: list[int], space: MaskSpace) -> Tensor:
+def _ranked(logits: Tensor, structure: Structure) -> tuple[Tensor, Tensor]:
+    """The logits of a structure, the best first, and their positions in it."""
+    own = logits[structure.span]
+    order = structure.ranking(own) if structure.size else torch.zeros(0, dtype=torch.long)
+    return own[order], order
+
+
+def _top(ranked: list[tuple[Tensor, Tensor]], counts: list[int], space: MaskSpace) -> Tensor:
     mask = torch.zeros(space.size, dtype=torch.bool)
-    for structure, order, count in zip(space.structures, ranked, counts, strict=True):
-        mask[structure.start + order.indices[:count]] = True
+    for structure, (_, order), count in zip(space.structures, ranked, counts, strict=True):
+        mask[structure.start + order[:count]] = True
     return mask
 
 
 def _blocks(
-    ranked: list, counts: list[int], space: MaskSpace, multiples: dict[str, int], *, shrink: bool
+    ranked: list[tuple[Tensor, Tensor]], counts: list[int], space: MaskSpace, multiples: dict[str, int], *, shrink: bool
 ) -> list[tuple[int, int]]:
     """Blocks to remove, lowest logits first, or to add, highest first: (structure index, its new count)."""
     blocks = []
-    for index, (structure, order, count) in enumerate(zip(space.structures, ranked, counts, strict=True)):
-        step = multiples.get(structure.name, 1)
+    for index, (structure, (values, _), count) in enumerate(zip(space.structures, ranked, counts, strict=True)):
+        step = structure.step(multiples)
         # The size of a structure need not be a multiple; its last block is then smaller.
         new = (count - 1) // step * step if shrink else min(count + step, structure.size)
         if new < structure.least or new == count or not count:
             continue
-        block = order.values[min(new, count) : max(new, count)].mean()
+        block = values[min(new, count) : max(new, count)].mean()
         blocks.append((float(block if shrink else -block), index, new))
     return [(index, new) for _, index, new in sorted(blocks)]

@@ -42,7 +42,7 @@ def _nearest_sum(budget: Budget, target: float, multiples: dict[str, int]) -> fl
     sums, fixed = [], float(budget.total)
     for structure in budget.space.layer(0):
         each = float(cost[structure.start])
-        counts = _sums(structure.size, multiples.get(structure.name, 1), layers)
+        counts = _sums(structure.size, structure.step(multiples), layers)
         sums.append(each * counts)
         fixed -= each * structure.size * layers
     # Try all sums of two structures, one value of the smaller at a time, and solve for the one with most counts.
@@ -71,7 +71,7 @@ def _nearest_filling(
     """
     space = budget.space
     sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
-    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64)
+    steps = torch.tensor([s.step(multiples) for s in space.structures], dtype=torch.float64)
     steps = steps.minimum(sizes).clamp_min(1)  # there is nothing of a block that a layer lacks
     fewest = (0 if blocks and structure.block is not None else structure.least for structure in space.structures)
     least = torch.tensor(list(fewest), dtype=torch.float64)

@@ -36,8 +36,8 @@ def width_rules(
         share = max(float(cost[structure.start]) for structure in layers) / budget.total
         for step in (*(layers[0].cuda_multiples if on_cuda else ()), *layers[0].multiples):
             wider = rules | {name: step}
-            divides = all(structure.size % step == 0 for structure in layers)
-            if divides and step * share <= _COARSEST and _least(budget, wider, blocks) <= target:
+            divides = all(structure.size % structure.step(wider) == 0 for structure in layers)
+            if divides and layers[0].step(wider) * share <= _COARSEST and _least(budget, wider, blocks) <= target:
                 rules = wider
                 break
     return rules
@@ -49,6 +49,6 @@ def _least(budget: Budget, rules: dict[str, int], blocks: bool) -> float:
     for structure in budget.space.structures:
         if blocks and structure.block is not None:
             continue
-        step = rules.get(structure.name, 1)
+        step = structure.step(rules)
         mask[structure.start : structure.start + math.ceil(structure.least / step) * step] = True
     return budget.share(mask)

@@ -26,12 +26,12 @@ def require_equal_layers(space: MaskSpace) -> None:
 def equal_ranks(logits: Tensor, space: MaskSpace) -> Tensor:
     """Replaces each logit by the mean, over all layers, of the logits at its rank: float [size], differentiable.
 
-    The order inside a layer stays. Logits of one rank are equal in all layers, so any threshold keeps the same count of
-    a structure in every layer.
+    The order inside a layer stays. Logits of one rank are equal in all layers, and in all groups of a structure, so any
+    threshold keeps the same count of it in every layer.
     """
     places, ranked = [], []
-    for index in range(len(space.layer(0))):
-        own = _by_layer(space, index, logits.device)
+    for index, structure in enumerate(space.layer(0)):
+        own = _by_layer(space, index, logits.device).reshape(-1, structure.size // structure.groups)
         values, order = logits[own].sort(dim=1, descending=True, stable=True)
         places.append(own.gather(1, order).flatten())
         ranked.append(values.mean(0).expand_as(values).flatten())
@@ -53,17 +53,16 @@ def fit_equal(logits: Tensor, target: float, budget: Budget, multiples: dict[str
     above, cost = equal + exact_offset(equal, target, budget), budget.cost()
     # What keeping the first n of a structure in one layer is worth, for n = 0, 1, ...
     worth = [
-        torch.cat([torch.zeros(1), (above * cost)[s.span].sort(descending=True).values.cumsum(0)])
-        for s in space.layer(0)
+        torch.cat([torch.zeros(1), (above * cost)[s.span][s.ranking(above[s.span])].cumsum(0)]) for s in space.layer(0)
     ]
     found = equal_counts(budget, target, multiples)
     near = [counts for counts in found if abs(share_of(budget, counts) - target) <= half_block(budget, multiples)]
     near = near or [min(found, key=lambda counts: abs(share_of(budget, counts) - target))]
     best = max(near, key=lambda counts: sum(float(w[n]) for w, n in zip(worth, counts, strict=True)))
     mask = torch.zeros(space.size, dtype=torch.bool)
-    for index, count in enumerate(best):
-        own = _by_layer(space, index, logits.device)
-        mask[own.gather(1, logits[own].topk(count, dim=1).indices)] = True
+    for structures, count in zip(space.by_name().values(), best, strict=True):
+        for structure in structures:
+            mask[structure.start + structure.ranking(logits[structure.span])[:count]] = True
     return mask
 
 
@@ -73,7 +72,7 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> li
     For each count of the first structure, that of the second with the share nearest to the target. For spaces with two
     structures, of which the second has finer blocks, or with one.
     """
-    coarse, *others = (_allowed(s, multiples.get(s.name, 1)) for s in budget.space.layer(0))
+    coarse, *others = (_allowed(s, s.step(multiples)) for s in budget.space.layer(0))
     if not others:
         return [(count,) for count in coarse]
     (fine,) = others
@@ -91,7 +90,7 @@ def share_of(budget: Budget, counts: tuple[int, ...]) -> float:
 def half_block(budget: Budget, multiples: dict[str, int]) -> float:
     """Half of what one block of the finer structure saves in all layers, as a share of the decoder parameters."""
     fine = budget.space.layer(0)[-1]
-    return multiples.get(fine.name, 1) * float(budget.cost()[fine.start]) * budget.space.num_layers / budget.total / 2
+    return fine.step(multiples) * float(budget.cost()[fine.start]) * budget.space.num_layers / budget.total / 2
 
 
 def _allowed(structure: Structure, multiple: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The model families that can be pruned: one row each in `table`."""
 
-from atp.families.experts import EXPERTS, ExpertFamily, Routed
+from atp.families.experts import EXPERTS, Channels, ExpertFamily, Routed
 from atp.families.family import (
     BLOCKS,
     SKIPPED,
@@ -24,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "SKIPPED",
     "Block",
+    "Channels",
     "ExpertFamily",
     "Family",
     "Linear",

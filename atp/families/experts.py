@@ -8,9 +8,28 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from atp.families.family import Family, Linear, declared
+from atp.spaces import EXPERT_SPACES
 
 EXPERTS = "mlp.experts"
 """The stacked weights of a layer's experts, by their name in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels(Linear):
+    """The stacked weights of a layer's experts as a linear with a row per channel, those of one expert together.
+
+    A row holds what its channel alone has: its rows of the gate and up projection and its column of the down
+    projection. experts: how many there are. interleaved: whether the weights are stored as inputs by outputs, gate and
+    up in turns, and not as outputs by inputs, gate before up.
+    """
+
+    experts: int
+    interleaved: bool
+
+    @property
+    def inner(self) -> int:
+        """Channels of one expert."""
+        return self.out_features // self.experts
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,17 @@ class Routed:
     @property
     def weights(self) -> int:
         """Parameters of one expert: gate, up and down projection."""
-        return 3 * self.inner * self.hidden + (2 * self.inner + self.hidden if self.biases else 0)
+        return self.inner * self.channel + self.end
+
+    @property
+    def channel(self) -> int:
+        """Parameters of one channel: its rows of the gate and up projection, and its column of the down projection."""
+        return 3 * self.hidden + 2 * self.biases
+
+    @property
+    def end(self) -> int:
+        """Parameters of one expert that no channel has: the bias of its down projection."""
+        return self.hidden * self.biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +63,14 @@ class ExpertFamily(Family):
     """A family whose every decoder layer has experts.
 
     inner: the key of the config that is the width of an expert. router: its name in the layer. expert_biases:
-    whether it and the experts have biases.
+    whether it and the experts have biases. interleaved: as in `Channels`.
     """
 
     inner: str = "intermediate_size"
     space: str = "experts"
     router: str = "mlp.gate"
     expert_biases: bool = False
+    interleaved: bool = False
 
     def routed(self, config: PretrainedConfig) -> Routed:
         """The experts of a decoder layer; config: as for `linears`."""
@@ -49,7 +79,7 @@ class ExpertFamily(Family):
         return Routed(found.num_experts, found.num_experts_per_tok, inner, found.hidden_size, self.expert_biases)
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
-        if space != self.space:
+        if space not in EXPERT_SPACES:
             return f"its MLPs are experts behind a router, so use {self.space}"
         dense = _dense_layers(config)
         if dense:
@@ -63,6 +93,14 @@ class ExpertFamily(Family):
             self.router: Linear(routed.experts, routed.hidden, self.expert_biases, lora=False),
             EXPERTS: Linear(routed.experts, routed.weights, False, lora=False),
         }
+
+    def channels(self, config: PretrainedConfig) -> Channels:
+        """The experts of a decoder layer by their channels; config: as for `linears`."""
+        routed = self.routed(config)
+        return Channels(
+            routed.experts * routed.inner, routed.channel, False, lora=False,
+            experts=routed.experts, interleaved=self.interleaved,
+        )  # fmt: skip
 
 
 def _dense_layers(config: PretrainedConfig) -> list[int]:

@@ -25,7 +25,7 @@ class Linear:
     """Shape of one prunable linear of a decoder layer.
 
     lora: whether it carries LoRA. A router does not, nor do its experts, whose stacked weights count as one linear with
-    a row per expert.
+    a row per expert, or per channel of each (`atp.families.experts.Channels`).
     """
 
     out_features: int

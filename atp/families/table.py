@@ -211,6 +211,7 @@ FAMILIES: dict[str, Family] = {
             biases=_of_attention,
             router="mlp.router",
             expert_biases=True,
+            interleaved=True,
             scalars=lambda config: config.num_attention_heads,  # sinks of attention
             own_attention=True,
             layer_types=True,

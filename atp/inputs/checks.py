@@ -62,14 +62,27 @@ def check_experts(config: ATPConfig, shapes: PretrainedConfig) -> None:
         raise InputError(
             "training.sharding=fsdp reads weights by their names, which experts have not in their files: leave it out"
         )
-    budget, _ = _rules(config, shapes)
-    counts = torch.tensor([structure.least for structure in budget.space.structures], dtype=torch.float64)
+    if config.lora.experts and not isinstance(family_of(shapes), ExpertFamily):
+        raise InputError(f"lora.experts is true, and family '{family_of(shapes).name}' has no experts: leave it out")
+    budget, rules = _rules(config, shapes)
+    for structure in budget.space.layer(0):
+        if (multiple := rules.get(structure.name, structure.unit)) % structure.unit:
+            raise InputError(
+                f"decisions.multiples has {multiple} for {structure.name}, and products of experts take widths that "
+                f"are multiples of {structure.unit}: choose one, or leave it out"
+            )
+    fewest = [-(-s.least // s.step(rules)) * s.step(rules) for s in budget.space.structures]
+    counts = torch.tensor(fewest, dtype=torch.float64)
     least, target = float(budget.parameters(counts)) / budget.total, config.decisions.target_keep
     needy = next((structure for structure in budget.space.structures if structure.least > 1), None)
     if needy is not None and target < least - rounding(config, shapes):
+        takes = (
+            f"each of {needy.groups} experts keeps {fewest[0] // needy.groups} channels" if needy.groups > 1
+            else f"each token takes {needy.least} of a layer's {needy.size} {needy.name}"
+        )  # fmt: skip
         raise InputError(
-            f"decisions.target_keep is {target}, but each token takes {needy.least} of a layer's {needy.size} "
-            f"{needy.name}, and so many are {least:.4f} of the decoder: choose at least that"
+            f"decisions.target_keep is {target}, but {takes}, and so many are {least:.4f} of the decoder: choose at "
+            "least that"
         )
 
 

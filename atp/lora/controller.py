@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atp.families import EXPERTS, Channels
 from atp.ground.devices import upload
-from atp.lora.experts import MaskedRouter
+from atp.lora.experts import MaskedChannels, MaskedRouter
 from atp.lora.layer import MaskedPeftLinear
 from atp.lora.observer import MaskObserver
 from atp.spaces.space import MaskSpace
@@ -32,15 +33,16 @@ class MaskController:
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
         self._linears: dict[_Linear, MaskedPeftLinear] = {}
-        self._routers: dict[_Linear, MaskedRouter] = {}
+        self._routers: dict[_Linear, MaskedRouter | MaskedChannels] = {}  # or experts, where channels are decided
+        carriers = MaskedChannels if isinstance(space.linears[0].get(EXPERTS), Channels) else MaskedRouter
         for name, module in model.named_modules():
             if isinstance(module, MaskedPeftLinear):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
                 self._linears[int(layer), local] = module
-            elif isinstance(module, MaskedRouter):
+            elif isinstance(module, carriers):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
-                self._routers[int(layer), local] = module
-        self._layers: dict[_Linear, MaskedPeftLinear | MaskedRouter] = {**self._linears, **self._routers}
+                self._routers[int(layer), local.replace(".base_layer", "")] = module
+        self._layers: dict[_Linear, Any] = {**self._linears, **self._routers}
         expected = sum(linear.lora for layer in range(space.num_layers) for linear in space.present(layer).values())
         missing = expected - len(self._linears)
         if missing:
@@ -80,7 +82,7 @@ class MaskController:
         # A mask that is on a GPU comes from a search, which empties no block; asking would halt the host.
         closed = self.space.closed(mask.detach() > 0) if mask.device.type == "cpu" else set()
         for layer, module, out_mask, in_mask in self._space.module_masks(mask.to(self._device), soft=form == "soft"):
-            if (carrier := self._layers.get((layer, module))) is not None:  # experts go by their router
+            if (carrier := self._layers.get((layer, module))) is not None:  # whole experts go by their router
                 if (layer, module) in closed:
                     out_mask = self._nothing(layer, module, mask.dtype).to(self._device)
                 carrier.set_masks(out_mask, in_mask, mask_lora=form != "base")

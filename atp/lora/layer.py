@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.config import LoraVariant
-from atp.families import BLOCKS, ExpertFamily, family_of, layer_config
+from atp.families import BLOCKS, EXPERTS, ExpertFamily, family_of, layer_config
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
-from atp.lora.experts import mask_experts, unmask_experts
+from atp.lora.experts import STACKED, mask_experts, unmask_experts
 from atp.lora.observer import observed
 from atp.lora.packs import Packs
 from atp.lora.stock import Hooked, runs_stock_forward
@@ -344,9 +344,18 @@ def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def lora_config(
-    modules: Iterable[str], *, r: int, alpha: float, dropout: float, variant: LoraVariant = "lora"
+    modules: Iterable[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    variant: LoraVariant = "lora",
+    experts: bool = False,
 ) -> LoraConfig:
-    """PEFT's config of an adapter on the linears with these names, with or without what stands before the last dot."""
+    """PEFT's config of an adapter on the linears with these names, with or without what stands before the last dot.
+
+    experts: whether it is on the stacked weights of experts too.
+    """
     return LoraConfig(
         r=r,
         lora_alpha=cast(int, alpha),  # PEFT only divides it
@@ -354,6 +363,7 @@ def lora_config(
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in modules}),
+        target_parameters=[f"{EXPERTS}.{name}" for name in STACKED] if experts else None,
         task_type="CAUSAL_LM",
     )
 
@@ -366,15 +376,18 @@ def add_lora(
     alpha: float,
     dropout: float,
     variant: LoraVariant = "lora",
+    experts: bool = False,
     seed: int = 0,
 ) -> PeftModel:
     """Wraps a causal LM in a stock PEFT adapter on all linears that the space adapts, with masked layers and MLPs.
+
+    experts: whether each expert has an adapter too.
 
     The model computes what it did before. variant: lora; rslora, whose scale is alpha / sqrt(r) (arXiv 2312.03732);
     dora (arXiv 2402.09353). The adapter that is saved is PEFT's: the custom layer is registered on the config, not
     written to it.
     """
-    config = lora_config(space.adapted, r=r, alpha=alpha, dropout=dropout, variant=variant)
+    config = lora_config(space.adapted, r=r, alpha=alpha, dropout=dropout, variant=variant, experts=experts)
     config._register_custom_module({nn.Linear: MaskedPeftLinear})
     with seeded(seed):
         wrapped = get_peft_model(model, config)

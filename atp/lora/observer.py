@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from atp.spaces.space import MaskSpace, Structure
 from atp_kernels import mask_gradient
 
 if TYPE_CHECKING:
-    from atp.lora.experts import MaskedRouter
+    from atp.lora.experts import MaskedChannels, MaskedRouter
     from atp.lora.layer import MaskedPeftLinear
 
-    _Observed = tuple[MaskedPeftLinear | MaskedRouter, int]  # with the axis
+    _Observed = tuple[MaskedPeftLinear | MaskedRouter | MaskedChannels, int]  # with the axis
 
 
 def observed(values: Tensor, sums: Tensor | None) -> Tensor:
@@ -51,8 +51,8 @@ class _Place:
 class MaskObserver:
     """Collects gradients of the mask of every sample of a batch, on the sides that a soft mask would multiply."""
 
-    def __init__(self, space: MaskSpace, layers: Mapping[tuple[int, str], MaskedPeftLinear | MaskedRouter]) -> None:
-        """space: on the device of the model. layers: its linears and routers, by layer and name."""
+    def __init__(self, space: MaskSpace, layers: Mapping[tuple[int, str], Any]) -> None:
+        """space: on the device of the model. layers: its linears, routers and experts, by layer and name."""
         self.size, self.device = space.size, space.structure_of.device
         found: dict[int, _Place] = {}
         for structure in space.structures:

@@ -34,7 +34,8 @@ class LayerShape:
     two rows of every query and key head. v_head_dim: width of a value head; intermediate_size: width of the MLP.
     attention_inputs, mlp_inputs: the positions of the hidden state that a block reads; attention_outputs, mlp_outputs:
     those that it adds to. In rising order; None for all of them. skip: which of `BLOCKS` the layer lacks. num_experts:
-    how many experts stand in place of the MLP; None where it is one.
+    how many experts stand in place of the MLP; None where it is one. moe_intermediate_size: their width, in families
+    that call it so.
     """
 
     num_attention_heads: int
@@ -48,6 +49,7 @@ class LayerShape:
     mlp_outputs: list[int] | None = None
     skip: tuple[str, ...] = ()
     num_experts: int | None = None
+    moe_intermediate_size: int | None = None
 
     def selected(self, key: str, hidden_size: int) -> int:
         """How many positions of the hidden state a selection (`attention_inputs`, ...) has."""
@@ -248,6 +250,8 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
                 yield key, "a layer keeps at least one"
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
+        if shape.moe_intermediate_size is not None and shape.moe_intermediate_size < 1:
+            yield "moe_intermediate_size", "an expert keeps at least one channel"
         taken = 0 if shape.num_experts is None else cast(Any, self).num_experts_per_tok
         if shape.num_experts is not None and shape.num_experts < taken:
             yield "num_experts", f"each token takes {taken} of them (num_experts_per_tok)"

@@ -31,7 +31,7 @@ class Pass:
     dora: whether linears run PEFT's forward of DoRA.
     short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. capped: tokens of
     a row whose scores attention caps, 0 where it caps none. rows: samples of a batch, which
-    share RoPE's angles.
+    share RoPE's angles. by_expert: whether experts carry LoRA.
     """
 
     product: int
@@ -44,6 +44,7 @@ class Pass:
     capped: int = 0
     rows: int = 1
     dora: bool = False
+    by_expert: bool = False
 
 
 def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
@@ -68,7 +69,9 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
             stream += linears[ends].out_features
     if widths.qk_dim != shapes.whole[0].qk_dim:  # the cosines and sines of the pairs that this layer keeps
         stream += 2 * widths.qk_dim / how.rows
-    return numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
+    apart = how.by_expert or (how.watched and shapes.space.name == "expert_channels")
+    own = numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
+    return own + _beside_experts(widths, how, apart=apart)
 
 
 def kept_by_full(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
@@ -133,6 +136,22 @@ def _mlp(widths: LayerWidths) -> int:
     """
     experts = widths.experts
     return 2 * widths.inner if experts is None else 3 * widths.inner + experts.taken * experts.hidden
+
+
+def _beside_experts(widths: LayerWidths, how: Pass, *, apart: bool) -> int:
+    """Bytes per token that a layer keeps of experts beside those of `_mlp`.
+
+    Stock classes multiply in the dtype of the weights, under autocast too. apart: whether each expert is a product of
+    its own, which autocast narrows; then what the down projections read lies there once more, in one piece, and with
+    LoRA what both products read and what A gives.
+    """
+    found = widths.experts
+    if found is None:
+        return 0
+    if not apart:
+        return _mlp(widths) * (how.residual - how.product)
+    with_lora = (2 * how.rank + found.hidden) * found.taken if how.by_expert else 0
+    return (2 * widths.inner + found.taken * found.hidden + with_lora) * how.product
 
 
 def _soft(shapes: ModelShapes) -> list[Cut]:

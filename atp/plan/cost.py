@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from atp.config.config import LoraSection
 from atp.decide.scored import ScoredDecisions
 from atp.plan.job import Workload
 from atp.plan.shapes import Layers, LayerWidths
@@ -74,9 +75,9 @@ def linear(widths: LayerWidths) -> float:
     return 2.0 * widths.active
 
 
-def adapter(widths: LayerWidths, rank: int) -> float:
+def adapter(widths: LayerWidths, lora: LoraSection) -> float:
     """Of LoRA on a layer, per token: r times inputs for S = x A^T, r times outputs for S B^T."""
-    return 2.0 * widths.adapter(rank)
+    return 2.0 * widths.adapter(lora.r, widths.experts.taken if lora.experts and widths.experts else 0)
 
 
 def attention(widths: LayerWidths, length: float) -> float:
@@ -98,7 +99,7 @@ class Cost:
     """The operations of one token in each kind of pass."""
 
     def __init__(self, job: Workload) -> None:
-        self.job, self.rank = job, job.config.lora.r
+        self.job, self.lora = job, job.config.lora
         self.whole, self.cut = job.shapes.whole, job.shapes.kept
         config = job.shapes.config
         self._head = 2.0 * config.hidden_size * config.vocab_size
@@ -106,7 +107,7 @@ class Cost:
     def forward(self, layers: Layers, *, lora: bool = True, scored: float = 1.0) -> Flops:
         """A pass without gradients. scored: share of the tokens whose logits are computed."""
         total = sum(
-            linear(widths) + attention(widths, self.job.sample) + (adapter(widths, self.rank) if lora else 0)
+            linear(widths) + attention(widths, self.job.sample) + (adapter(widths, self.lora) if lora else 0)
             for widths in layers
         )
         return self._flops(layers, total, scored * self._head)
@@ -126,8 +127,8 @@ class Cost:
         """
         total = 0.0
         for widths in layers:
-            once = share * linear(widths) + adapter(widths, self.rank) + attention(widths, self.job.sample)
-            total += once + share * linear(widths) + 2 * adapter(widths, self.rank)
+            once = share * linear(widths) + adapter(widths, self.lora) + attention(widths, self.job.sample)
+            total += once + share * linear(widths) + 2 * adapter(widths, self.lora)
             total += ATTENTION_BACKWARD * attention(widths, self.job.sample)
             if self.job.config.training.gradient_checkpointing:
                 total += once
@@ -156,7 +157,7 @@ class Cost:
         """Forward and backward under a soft mask, through frozen weights and a frozen adapter."""
         total = sum(
             2 * linear(widths)
-            + 2 * adapter(widths, self.rank)
+            + 2 * adapter(widths, self.lora)
             + (1 + ATTENTION_BACKWARD) * attention(widths, self.job.sample)
             for widths in self.whole
         )
@@ -199,7 +200,7 @@ class Cost:
         spared = 0.0
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             rows, columns = widths.linears[name].out_features, widths.linears[name].in_features
-            spared += 2.0 * share * rows * columns + 2.0 * self.rank * (columns + (rows if frozen else 0))
+            spared += 2.0 * share * rows * columns + 2.0 * self.lora.r * (columns + (rows if frozen else 0))
         return spared
 
 

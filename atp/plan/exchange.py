@@ -30,13 +30,12 @@ def exchange_of(job: Workload) -> list[dict[str, object]]:
 
 def _phases(job: Workload) -> Iterator[tuple[str, int, int]]:
     steps, whole, batches = job.phases, job.shapes.whole, job.config.training.gradient_accumulation
-    dora = job.config.lora.variant == "dora"
     for phase, count, layers in (
         ("open", steps.open, whole), ("search", steps.search, whole), ("settle", steps.settle, whole),
         ("tune", steps.tune, job.shapes.kept),
     ):  # fmt: skip
         if count:
-            parameters = adapter_params(layers, job.config.lora.r, dora=dora)
+            parameters = adapter_params(layers, job.config.lora)
             if job.config.training.embeddings:
                 parameters += job.shapes.config.vocab_size * job.shapes.config.hidden_size
             if phase == "tune" and job.config.training.after_cut == "full":

@@ -140,7 +140,7 @@ def measure(config: PretrainedConfig, space: str, dtype: torch.dtype, *, decode:
         whole = point == _POINTS  # the one whose head is timed too
         shapes = one_layer(config, None if whole else _WORDS)
         own = MaskSpace.from_config(shapes, space)
-        counts = {s.name: max(round(point / _POINTS * s.size), 1) for s in own.structures}
+        counts = {s.name: max(round(point / _POINTS * s.size / s.groups), 1) * s.groups for s in own.structures}
         with torch.device(processes.device()):
             model = AutoModelForCausalLM.from_config(cut_config(shapes, own, _first(own, counts)), dtype=dtype)
         found = _times(model, decode=decode)
@@ -211,7 +211,7 @@ def _first(space: MaskSpace, counts: Mapping[str, int]) -> Tensor:
     """A mask bool [space.size] that keeps the first `counts` decisions of each structure."""
     mask = torch.zeros(space.size, dtype=torch.bool)
     for structure in space.structures:
-        mask[structure.start : structure.start + counts[structure.name]] = True
+        mask[structure.start + structure.first(counts[structure.name])] = True
     return mask
 
 

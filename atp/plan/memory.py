@@ -77,7 +77,7 @@ class _Memory:
         self.how = Pass(
             self.product, self.weight, self.rank, apart=apart, dora=self.dora,
             expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
-            short=self.length if brief else 0, capped=capped,
+            short=self.length if brief else 0, capped=capped, by_expert=job.config.lora.experts,
         )  # fmt: skip
 
     def in_shards(self, parts: Parts) -> Parts:
@@ -245,7 +245,7 @@ class _Memory:
         return {"tables": (2 if head else 1) * self.vocab * self.hidden * _FLOAT}
 
     def _adapter(self, layers: Layers) -> int:
-        return adapter_params(layers, self.rank, dora=self.dora)
+        return adapter_params(layers, self.job.config.lora)
 
     def _row_norms(self, layers: Layers) -> Parts:
         """What DoRA's norms of the rows of W + s B A have at once, of one linear, in float32.

@@ -159,9 +159,9 @@ def make_plan(
         },
         "widths": {
             name: {
-                "kept": _one_or_all(shapes.counts[name]),
-                "of": _one_or_all([s.size for s in layers]),
-                "multiple": shapes.multiples.get(name, 1),
+                "kept": _one_or_all([count // layers[0].groups for count in shapes.counts[name]]),
+                "of": _one_or_all([s.size // s.groups for s in layers]),
+                "multiple": shapes.multiples.get(name, layers[0].unit),
             }
             for name, layers in shapes.space.by_name().items()
         },

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from atp.config import DecisionsConfig
+from atp.config.config import LoraSection
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
 from atp.families import ExpertFamily, Linear, Routed, family_of, layer_config
@@ -62,9 +63,11 @@ class LayerWidths:
             return self.linears[mlp_linears(self.linears)[-1]].in_features
         return self.experts.taken * self.experts.inner
 
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linears: `rank` times rows and columns of each."""
-        return sum(rank * (linear.out_features + linear.in_features) for linear in self.linears.values())
+    def adapter(self, rank: int, experts: int = 0) -> int:
+        """Parameters of LoRA on all linears and so many experts: `rank` times rows and columns of each."""
+        each = 0 if self.experts is None else 3 * self.experts.inner + 2 * self.experts.hidden
+        sides = sum(linear.out_features + linear.in_features for linear in self.linears.values())
+        return rank * (sides + experts * each)
 
     def largest(self) -> int:
         """Entries of the largest weight matrix."""
@@ -75,10 +78,12 @@ Layers = tuple[LayerWidths, ...]
 """All decoder layers of a model, in order."""
 
 
-def adapter_params(layers: Layers, rank: int, *, dora: bool = False) -> int:
-    """Parameters of LoRA on all linears of these layers; with DoRA also a magnitude for each of their rows."""
-    rows = sum(linear.out_features for widths in layers for linear in widths.linears.values()) if dora else 0
-    return sum(widths.adapter(rank) for widths in layers) + rows
+def adapter_params(layers: Layers, lora: LoraSection) -> int:
+    """Parameters of the adapter of these layers; with DoRA also a magnitude for each of the rows of their linears."""
+    linears = [linear for widths in layers for linear in widths.linears.values()]
+    rows = sum(linear.out_features for linear in linears) if lora.variant == "dora" else 0
+    experts = [widths.experts.experts if lora.experts and widths.experts else 0 for widths in layers]
+    return sum(widths.adapter(lora.r, count) for widths, count in zip(layers, experts, strict=True)) + rows
 
 
 def weights_of(layers: Layers) -> int:
@@ -153,8 +158,9 @@ def equal_counts(
     """
     sizes = {name: [s.size for s in layers] for name, layers in budget.space.by_name().items()}
     least = {name: layers[0].least for name, layers in budget.space.by_name().items()}
+    steps = {name: layers[0].step(multiples) for name, layers in budget.space.by_name().items()}
     if blocks:
-        _leave_out(budget, target, multiples, sizes)
+        _leave_out(budget, target, steps, sizes)
 
     def share(counts: Mapping[str, Sequence[float]]) -> float:
         return float(budget.parameters(_by_structure(budget.space, counts))) / budget.total
@@ -166,11 +172,11 @@ def equal_counts(
         low, high = (middle, high) if fits else (low, middle)
     counts = {}
     for name, layers in sizes.items():
-        step = multiples.get(name, 1)
+        step = steps[name]
         fewest = math.ceil(least[name] / step)
         counts[name] = [min(max(round(low * size / step), fewest) * step, size) for size in layers]
     (rest,) = (s.name for s in budget.space.layer(0) if s.remainder)
-    step = multiples.get(rest, 1)
+    step = steps[rest]
     most = math.ceil(max(sizes[rest]) / step)
     numbers = range(math.ceil(least[rest] / step), most + 1)
 
@@ -184,10 +190,10 @@ def equal_counts(
     return with_blocks(min(sorted(nearest), key=lambda number: abs(share(with_blocks(number)) - target)))
 
 
-def _leave_out(budget: Budget, target: float, multiples: dict[str, int], sizes: dict[str, list[int]]) -> None:
+def _leave_out(budget: Budget, target: float, steps: dict[str, int], sizes: dict[str, list[int]]) -> None:
     """Sets the sizes of all structures to 0 in as many layers, from the last on, as must keep nothing."""
     for layer in reversed(range(1, budget.space.num_layers)):
-        fewest = {name: [min(multiples.get(name, 1), size) for size in layers] for name, layers in sizes.items()}
+        fewest = {name: [min(steps[name], size) for size in layers] for name, layers in sizes.items()}
         if float(budget.parameters(_by_structure(budget.space, fewest))) <= target * budget.total:
             return
         for layers in sizes.values():
@@ -198,7 +204,7 @@ def mask_of(space: MaskSpace, counts: Mapping[str, Sequence[int]]) -> Tensor:
     """A mask bool [space.size] that keeps the first decisions of each structure, `counts` of them in each layer."""
     mask = torch.zeros(space.size, dtype=torch.bool)
     for structure in space.structures:
-        mask[structure.start : structure.start + counts[structure.name][structure.layer]] = True
+        mask[structure.start + structure.first(counts[structure.name][structure.layer])] = True
     return mask
 
 

@@ -25,9 +25,11 @@ from transformers import PreTrainedModel
 
 from atp.data import collate
 from atp.ground.errors import NotReached
+from atp.lora.experts import expert_factors
 from atp.models.attention import fused_attention
 from atp.models.fused import split_projections
 from atp.models.load import read_model
+from atp.removal.cut import adapted, plain_name
 from atp.removal.masters import stored_dtype
 from atp.removal.widen import ieee_products, widened
 from atp.sharding.read import read_sharded
@@ -117,8 +119,8 @@ def merge_error(model: PeftModel | PreTrainedModel, exported: nn.Module) -> floa
     dtype = stored_dtype(model)
     source = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter = model.active_adapter if isinstance(model, PeftModel) else ""
-    layers = {f"{name}.weight": layer for name, layer in source.named_modules() if isinstance(layer, LoraLayer)}
-    expected = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
+    layers = adapted(source)
+    expected = {plain_name(n): p for n, p in source.named_parameters() if ".lora_" not in n}
     actual = dict(exported.named_parameters())
     if actual.keys() != expected.keys():
         return math.inf
@@ -139,9 +141,13 @@ def _share_of_allowed(layer: LoraLayer, adapter: str, weight: Tensor, found: Ten
     factors: Any = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
     weight, b, a = (dense(tensor.detach()).cpu() for tensor in (weight, *factors))
     kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
+    if weight.ndim == 3:
+        b, a = (expert_factors(x, name, len(weight)) for x, name in ((b, "lora_B"), (a, "lora_A")))
+        if cast(Any, layer).get_base_layer().is_transposed:
+            weight, found = weight.transpose(1, 2), found.transpose(1, 2)
     w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
     exact, size = w + b @ a, w.abs() + b.abs() @ a.abs()
-    terms = len(a) + 2
+    terms = a.shape[-2] + 2
     if layer.use_dora[adapter]:
         vector: Any = layer.lora_magnitude_vector[adapter]
         scale = (vector.weight.detach().cpu().double() / exact.norm(dim=1))[:, None]

@@ -17,12 +17,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.families import Block
+from atp.families import EXPERTS, Block, Channels, Linear
+from atp.lora.experts import STACKED, expert_factors
 from atp.lora.layer import fuse_layers
 from atp.models.config import CutConfig
 from atp.models.cut import build, complete
 from atp.sharding.shards import fill, is_sharded, shard, whole
-from atp.spaces.space import MaskSpace
+from atp.spaces.expert_channels import places
+from atp.spaces.space import MaskSpace, Structure
 from atp_kernels import QuantizedWeight, compact
 from atp_kernels.quantized import dense
 
@@ -34,11 +36,16 @@ _PARAMETERS = (
     (r"(?:base_layer\.)?bias", (True, False)),
     (r"lora_A(?:\.\w+)?\.weight", (False, True)),
     (r"lora_B(?:\.\w+)?\.weight", (True, False)),
-    (r"(?:gate_up_proj|down_proj)(?:_bias)?", (True, False)),  # of all experts of a layer, one after the other
 )
 # The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
 _OPTIMIZER_STATE = r"(?:\.\w+)?"
 _HEADS = {"num_attention_heads", "num_key_value_heads"}
+# Of all experts of a layer, one after the other: a stacked parameter, or a factor of the adapter on one. PEFT wraps the
+# experts once for each, so the inner wrapper is the one of what was wrapped first.
+_STACKED = re.compile(
+    rf"(?P<wraps>(?:base_layer\.)*)(?:(?P<name>(?:gate_up_proj|down_proj)(?:_bias)?)|(?P<factor>lora_[AB])(?:\.\w+)?\.weight)"
+    rf"{_OPTIMIZER_STATE}"
+)
 _Kept = tuple[Tensor | None, Tensor | None]
 
 
@@ -137,10 +144,21 @@ def merge_adapter(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrai
     adapters than one of LoRA or DoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
     """
     adapter, _ = _adapter_config(model)
-    layers = {f"{n}.weight": m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    layers = adapted(model.get_base_model())
     return _plain(
         model, lambda name, weight: _merged(layers[name], adapter, weight, dtype) if name in layers else dense(weight)
     )
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter of a model with an adapter has without it, both inside the base model."""
+    return name.replace(".base_layer", "")
+
+
+def adapted(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers of an adapter by the names of the weights that they are on, without an adapter (`plain_name`)."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return {f"{plain_name(name)}.{getattr(layer, 'parameter_name', 'weight')}": layer for name, layer in found}
 
 
 @torch.no_grad()
@@ -156,7 +174,7 @@ def _plain(model: PeftModel | PreTrainedModel, change: Callable[[str, Tensor], T
     if is_sharded(source):
         _fill_shards(plain, source, change)
     else:
-        state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
+        state = {plain_name(n): t for n, t in source.state_dict().items() if ".lora_" not in n}
         plain.load_state_dict({name: change(name, tensor) for name, tensor in state.items()}, assign=True)
     complete(plain, source, tie=not is_sharded(plain))
     return plain.train(model.training)
@@ -171,10 +189,20 @@ def _check_mask(space: MaskSpace, mask: Tensor) -> None:
             raise ValueError(
                 f"layer {structure.layer} would keep {kept or 'none'} of its {structure.size} {structure.name} "
                 f"decisions: keep at least {'one' if structure.least == 1 else structure.least}, because "
-                + ("without it there is no block left" if structure.least == 1 else "each token takes as many")
+                + ("without it there is no block left" if structure.least == 1 else _who_takes(structure))
+            )
+        by_group = mask[structure.span].view(structure.groups, -1).sum(1) if structure.size else torch.zeros(1)
+        if not torch.equal(by_group, by_group[:1].expand_as(by_group)):
+            raise ValueError(
+                f"layer {structure.layer} would keep from {int(by_group.min())} to {int(by_group.max())} channels of "
+                "its experts, whose weights are stacked: keep equally many of each"
             )
     if all(len(gone) == len(space.blocks) for gone in space.gone(mask)):
         raise ValueError("the mask removes every block of every layer: keep at least one")
+
+
+def _who_takes(structure: Structure) -> str:
+    return "each token takes as many" if structure.groups == 1 else "each expert keeps one"
 
 
 def _kept_indices(space: MaskSpace, mask: Tensor) -> dict[tuple[int, str], tuple[_Kept, tuple[int, int]]]:
@@ -198,7 +226,10 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
     match = _LINEAR.search(name)
     if match is None or match["module"] not in space.modules or tensor.ndim == 0:
         return tensor
-    parameter = match["parameter"]
+    parameter, linear = match["parameter"], space.linears[int(match["layer"])][match["module"]]
+    if match["module"] == EXPERTS:
+        rows = kept[int(match["layer"]), EXPERTS][0][0]
+        return _cut_experts(name, parameter, tensor, linear, rows)
     axes = next((axes for pattern, axes in _PARAMETERS if re.fullmatch(pattern + _OPTIMIZER_STATE, parameter)), None)
     if axes is None:
         raise ValueError(f"cannot cut '{name}': only weights, biases and plain LoRA factors are known, merge it first")
@@ -219,6 +250,55 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
     if isinstance(tensor, QuantizedWeight):
         return tensor.kept(rows, columns)
     return compact(tensor, rows, columns) if tensor.ndim == 2 else tensor.detach()[rows]
+
+
+def _cut_experts(name: str, parameter: str, tensor: Tensor, linear: Linear, rows: Tensor | None) -> Tensor:
+    """A stacked parameter of experts, or a factor of LoRA on one, without the experts or channels that go.
+
+    parameter: its name in the experts. rows: those of `linear` that stay, rising; None for all.
+    """
+    found = _STACKED.fullmatch(parameter)
+    if found is None:
+        raise ValueError(f"cannot cut '{name}': only weights, biases and LoRA of experts are known, merge it first")
+    factor, count = found["factor"], linear.experts if isinstance(linear, Channels) else linear.out_features
+    on = found["name"] or STACKED[0 if found["wraps"] else 1]
+    side = 0 if factor == "lora_A" else 1
+    if tensor.shape[side] % count if factor else tensor.shape[0] != count:
+        raise ValueError(
+            f"'{name}' has shape {list(tensor.shape)} and the mask space expects {count} experts: build the space from "
+            "the config of this model"
+        )
+    if rows is None:
+        return tensor
+    stacked = expert_factors(tensor.detach(), factor, count) if factor else tensor.detach()
+    if not isinstance(linear, Channels):
+        stacked = stacked[rows.to(tensor.device)]
+    elif (place := _channels_of(on, factor, linear)) is None:
+        return tensor
+    else:
+        axis, own = place
+        kept = rows.cpu().view(count, -1) % linear.inner  # [experts, channels of one], and then in their old order
+        index = own[kept].flatten(1).sort(1).values.to(tensor.device)
+        sides = [index.shape[at != 0] if at in (0, axis) else 1 for at in range(stacked.ndim)]
+        sizes = [index.shape[1] if at == axis else size for at, size in enumerate(stacked.shape)]
+        if stacked.shape[axis] != own.numel():
+            raise ValueError(
+                f"'{name}' has shape {list(tensor.shape)} and the mask space expects {own.numel()} on axis {axis}: "
+                "build the space from the config of this model"
+            )
+        stacked = stacked.gather(axis, index.view(sides).expand(sizes))
+    if factor is None:
+        return stacked
+    return (stacked.flatten(0, 1) if factor == "lora_A" else stacked.movedim(0, 2).flatten(1)).contiguous()
+
+
+def _channels_of(parameter: str, factor: str | None, linear: Channels) -> tuple[int, Tensor] | None:
+    """`places` of a stacked parameter, or of a factor [experts, rank, inputs] or [experts, outputs, rank] on it."""
+    found = places(parameter, linear)
+    if factor is None or found is None:
+        return found
+    has_channels = (factor == "lora_B") == (parameter == STACKED[0])
+    return (1 if factor == "lora_B" else 2, found[1]) if has_channels else None
 
 
 def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:
@@ -244,7 +324,7 @@ def _wrap_like(model: PeftModel, base: PreTrainedModel) -> PeftModel:
 
 def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callable[[str, Tensor], Tensor]) -> None:
     """Shards a model on the meta device and fills it with what `change` makes of each weight of a sharded source."""
-    weights = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
+    weights = {plain_name(n): p for n, p in source.named_parameters() if ".lora_" not in n}
     device = next(iter(weights.values())).device
     cast(nn.Module, made).to(dtype=source.dtype)
     shard(made, device)
@@ -255,6 +335,11 @@ def _merged(layer: LoraLayer, adapter: str, weight: Tensor, dtype: torch.dtype |
     factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
     w, b, a = (x.to(place).double() for x in (dense(weight), *(factor.weight for factor in factors)))
+    if w.ndim == 3:  # of experts, whose weights may be stored as inputs by outputs
+        b, a = (expert_factors(x, name, len(w)) for x, name in ((b, "lora_B"), (a, "lora_A")))
+        product = b @ a
+        product = product.transpose(1, 2) if cast(Any, layer).get_base_layer().is_transposed else product
+        return (w + layer.scaling[adapter] * product).to(weight.device, weight.dtype if dtype is None else dtype)
     merged = torch.addmm(w, b, a, alpha=layer.scaling[adapter])
     if layer.use_dora[adapter]:
         magnitude = layer.lora_magnitude_vector[adapter].weight.to(place).double()

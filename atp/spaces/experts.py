@@ -19,11 +19,7 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
     router's choice, and its tokens go to others. As many stay as a token takes. Nothing reads a structure: the weights
     that end the block go with their expert, so no refit can make up for it.
     """
-    if EXPERTS not in linears:
-        family = family_of(config)
-        raise UnsupportedModel(
-            f"space 'experts' does not fit model family '{family.name}': it has no experts, so use {family.space}"
-        )
+    require_experts(config, "experts", linears)
     found: Any = config
     router = next(name for name, linear in linears.items() if not linear.lora and name != EXPERTS)
     owner = torch.arange(linears[EXPERTS].out_features)
@@ -34,3 +30,12 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
         return {key: int(kept.sum())}
 
     return [Structure("experts", len(owner), cuts, widths, remainder=True, least=found.num_experts_per_tok)]
+
+
+def require_experts(config: PretrainedConfig, space: str, linears: dict[str, Linear]) -> None:
+    """Raises `UnsupportedModel` for a family without experts."""
+    if EXPERTS not in linears:
+        family = family_of(config)
+        raise UnsupportedModel(
+            f"space '{space}' does not fit model family '{family.name}': it has no experts, so use {family.space}"
+        )

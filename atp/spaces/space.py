@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +73,8 @@ class Structure:
     reader: the linear that reads this structure on its input side and ends its residual block; None without one.
     multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
     cuda_multiples: those that come before them where the model trains on CUDA.
+    unit: what the number of a group is a multiple of in any case, where the config does not ask for another multiple.
+    groups: decisions lie in so many groups of one size, one after the other, of which a cut keeps equally many each.
     remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
     least: the smallest number of decisions that a layer may keep, where it keeps any.
     block: the residual block (`self_attn`, `mlp`) that adds nothing without these decisions, so that all may go; None
@@ -90,6 +92,8 @@ class Structure:
     remainder: bool = False
     least: int = 1
     block: str | None = None
+    unit: int = 1
+    groups: int = 1
     layer: int = 0
     start: int = 0
 
@@ -97,6 +101,26 @@ class Structure:
     def span(self) -> slice:
         """The decisions of this structure in the flat vector."""
         return slice(self.start, self.start + self.size)
+
+    def step(self, multiples: Mapping[str, int]) -> int:
+        """What a count of kept decisions is a multiple of, unless all stay; multiples: structure name -> its own.
+
+        That of one group times their number.
+        """
+        return multiples.get(self.name, self.unit) * self.groups
+
+    def ranking(self, values: Tensor) -> Tensor:
+        """The positions of all decisions, int64 [size], those with the largest values [size] first.
+
+        The first n * groups of them are n of each group. Of equal values the first come first.
+        """
+        order = values.view(self.groups, -1).argsort(dim=1, descending=True, stable=True)
+        starts = torch.arange(self.groups, device=values.device) * (self.size // self.groups)
+        return (order + starts[:, None]).T.flatten()
+
+    def first(self, count: int) -> Tensor:
+        """The positions of the first `count` decisions, equally many of each group, int64."""
+        return self.ranking(torch.zeros(self.size))[:count]
 
     def sides(self, mask: Tensor, *, soft: bool = False) -> Iterator[tuple[Cut, Tensor]]:
         """Yields each cut with a mask [..., size of the space] expanded to its side, [..., features of that side].
@@ -171,13 +195,17 @@ class MaskSpace:
         reason = family.refuses(config, space) or _refuses_lacking(config, space)
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
-        build: Builder = importlib.import_module(f"atp.spaces.{space}").structures
+        module = importlib.import_module(f"atp.spaces.{space}")
+        build: Builder = module.structures
+        refine: Callable[..., None] | None = getattr(module, "table", None)  # where a space sees linears otherwise
         built: dict[tuple[tuple[str, Linear], ...], list[Structure]] = {}  # layers of one shape share their tables
         structures, linears, norms = [], [], []
         for layer in range(config.num_hidden_layers):
             own = layer_config(config, layer)
             linears.append(family.linears(own))
             norms.append(family.norm_params(own))
+            if refine is not None:
+                refine(own, linears[-1], norms[-1])
             shape = tuple(linears[-1].items())
             if shape not in built:
                 built[shape] = build(own, linears[-1])

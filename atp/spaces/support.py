@@ -6,7 +6,7 @@ import re
 
 from atp.families import FAMILIES, ExpertFamily
 from atp.families.refused import REASONS
-from atp.spaces import STRUCTURES
+from atp.spaces import EXPERT_SPACES, STRUCTURES
 
 _REMEDY = re.compile(r"(: |, so )use \w+$")
 UNKNOWN = "nobody has checked which cuts of it are exact"
@@ -17,7 +17,7 @@ def exact_spaces(name: str) -> list[str]:
     """The spaces in which cuts of a supported family are exact."""
     family = FAMILIES[name]
     own = isinstance(family, ExpertFamily)
-    return [space for space in STRUCTURES if (space == "experts") == own and space not in family.inexact]
+    return [space for space in STRUCTURES if (space in EXPERT_SPACES) == own and space not in family.inexact]
 
 
 def support(name: str) -> str:

@@ -176,6 +176,8 @@ def refused(loop: Loop) -> str | None:
             return f"training.{key} works inside the passes"
     if loop.config.lora.dropout:
         return "every replay would repeat what lora.dropout drew"
+    if loop.config.lora.experts or loop.config.decisions.space == "expert_channels":
+        return "the host counts the tokens of each expert"
     if config.rope_parameters.get("rope_type") in _READ_LENGTH:
         return f"RoPE of type {config.rope_parameters['rope_type']} reads the length of every batch"
     watched = (name for name, module in model.named_modules() if hooked(module))

@@ -50,7 +50,8 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
     assert refused(lora={"rank": 8, "drop_out": 0.1}).startswith("unknown config key 'lora.rank': did you mean '")
     told = "unknown config key 'learning_rate': did you mean 'decisions.lr' or 'training.lr'?"
     assert refused(learning_rate=1) == told
-    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout, variant"
+    known = "the known keys are r, alpha, dropout, variant, experts"
+    assert refused(lora={"zzz": 1}) == f"unknown config key 'lora.zzz': {known}"
     assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
     with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
         ATPConfig.parse({"output_dir": "x"})
@@ -64,7 +65,7 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
         ({"training": {"search": 1.5}}, "config key 'training.search' is 1.5: input should be a valid integer"),
         (
             {"decisions": {"space": "heads"}},
-            "config key 'decisions.space' is 'heads': use one of disp, experts, head_dim, ",
+            "config key 'decisions.space' is 'heads': use one of disp, experts, expert_channels, ",
         ),
         ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
         (

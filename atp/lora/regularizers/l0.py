@@ -64,6 +64,8 @@ class L0Gates(Regularizer):
         decisions = []
         for structure in space.to(device).structures:
             for cut in structure.cuts if structure.size else ():
+                if cut.module not in space.adapted:
+                    continue
                 layer = layers[f"{structure.layer}.{cut.module}"]
                 self._cuts.append((layer, cut.axis, cut.owner))
                 decisions.append(torch.arange(structure.start, structure.start + structure.size, device=device))

@@ -413,6 +413,25 @@ def test_other_spaces_are_refused(tmp_path, space, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_channels_of_experts_are_written_where_all_layers_have_as_many(tmp_path, name):
+    model = tiny(name)
+    space = MaskSpace.from_config(model.config, "expert_channels")
+    draw = torch.Generator().manual_seed(0)
+    for counts in ((8, 8, 8), (8, 16, 8)):
+        mask = torch.zeros(space.size, dtype=torch.bool)
+        for structure, count in zip(space.structures, counts, strict=True):
+            best = structure.ranking(torch.rand(structure.size, generator=draw))
+            mask[structure.start + best[: count * structure.groups]] = True
+        cut = cut_model(model, space, mask)
+        if len(set(counts)) == 1:
+            write(cut, tmp_path / "model.gguf")
+            assert_same_logits(File(tmp_path / "model.gguf"), cut, 1e-5)
+        else:
+            with pytest.raises(InputError, match="widths per layer|differ"):
+                write(cut, tmp_path / "other.gguf")
+
+
 def test_a_mask_of_whole_heads_in_another_space_is_written(tmp_path):
     model = tiny("llama")
     space = MaskSpace.from_config(model.config, "head_dim")

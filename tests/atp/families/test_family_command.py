@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from atp.config import ModelConfig
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_any_model
+from atp.spaces import EXPERT_SPACES
 from atp.training.pruning import Pruning
 from atp.training.trainer import ATPTrainer
 
@@ -49,13 +50,15 @@ def test_a_checkpoint_with_weights_missing_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["freeze", "export"])
-def test_a_run_of_experts_that_was_stopped_ends_as_the_whole_one(tmp_path, wide_budget, stop):
+@pytest.mark.parametrize("space", EXPERT_SPACES)
+def test_a_run_of_experts_that_was_stopped_ends_as_the_whole_one(tmp_path, wide_budget, space, stop):
     """Before the cut and after it; the adapter on its base is the model that was exported."""
     config = tiny_config(tmp_path)
     vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
     build("qwen3_moe", scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
     settings = {
-        "decisions": {"space": "experts", "uniform": True, "source": "running"},
+        "decisions": {"space": space, "uniform": True, "source": "running"},
+        "lora": {"experts": space == "expert_channels"},
         "training": {"open": 3, "search": 2},
         "evaluation": {"windows": 4, "questions": 4, "dense_baseline": False},
     }

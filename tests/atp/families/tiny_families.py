@@ -8,7 +8,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.fused import split_projections
 from atp.removal import cut_model
-from atp.spaces import space_names
+from atp.spaces import EXPERT_SPACES, space_names
 
 VOCAB, LAYERS = 64, 3
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
@@ -85,7 +85,10 @@ INEXACT = {
     "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
 }  # fmt: skip
 SPACES = [
-    (name, space) for name in FAMILIES for space in space_names() if space not in {"experts"} | INEXACT.get(name, set())
+    (name, space)
+    for name in FAMILIES
+    for space in space_names()
+    if space not in EXPERT_SPACES and space not in INEXACT.get(name, ())
 ]
 """Every family with every space that is exact in it."""
 

@@ -110,7 +110,7 @@ def test_old_configs_and_models_without_selections_are_as_they_were():
     old = ATPLlamaConfig.from_dict(SIZES | {"model_type": "atp_llama", "layer_shapes": [WHOLE, WHOLE]})
     assert not set(SELECTED) - set(WHOLE) & set(old.to_dict()["per_layer_config"])
     assert old.layer_shape(0).mlp_inputs is None and old.layer_shape(0).selected("mlp_inputs", 32) == 32
-    expected = WHOLE | UNSELECTED | {"num_experts": None}
+    expected = WHOLE | UNSELECTED | {"num_experts": None, "moe_intermediate_size": None}
     assert asdict(ATPLlamaConfig(**SIZES).layer_shape(1)) == asdict(old.layer_shape(1)) == expected
 
 

@@ -1,10 +1,13 @@
 """What autograd keeps, number for number: the formula against the tensors that a real pass saves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp.config import DecisionsConfig
+from atp.config.config import LoraSection
 from atp.data import collate
 from atp.decide.maker import frozen
 from atp.lora.controller import MaskController
@@ -33,17 +36,20 @@ FAMILIES = {
 SHORT = 32 + 64
 
 
-def model_of(family, layers, space, dropout, variant="lora"):
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 2}
+
+
+def model_of(family, layers, space, dropout, variant="lora", experts=False):
     """A tiny LoRA model ready to train, with its shapes."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": layers,
         "num_attention_heads": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    } | FAMILIES[family]  # fmt: skip
+    } | (EXPERTS if family == "qwen3_moe" else FAMILIES[family])  # fmt: skip
     config = AutoConfig.for_model(family, **sizes)
     shapes = ModelShapes.of(config, DecisionsConfig(space=space, target_keep=0.6, multiples={}))
     model = AutoModelForCausalLM.from_config(config)
-    lora = add_lora(model, shapes.space, r=RANK, alpha=8, dropout=dropout, variant=variant)
+    lora = add_lora(model, shapes.space, r=RANK, alpha=8, dropout=dropout, variant=variant, experts=experts)
     use_training_attention(lora.get_base_model())
     return lora.train(), shapes
 
@@ -67,11 +73,11 @@ def saved_bytes(model, tokens, autocast, positions):
     return sum(storages.values())
 
 
-def per_token_and_layer(family, space, prepare, *, autocast=False, dropout=0.0, positions=False, variant="lora"):
+def per_token_and_layer(family, space, prepare, *, autocast=False, dropout=0.0, positions=False, **adapter):
     """Second difference of the bytes, over layers and tokens: what does not grow with both drops out."""
     sums = {}
     for layers in (2, 3):
-        model, shapes = model_of(family, layers, space, dropout, variant)
+        model, shapes = model_of(family, layers, space, dropout, **adapter)
         model, context = prepare(model, shapes)
         with context:
             for tokens in (32, 64):
@@ -130,6 +136,17 @@ def test_a_step_of_dora(prepare, autocast):
     assert kept_by_training(shapes, shapes.whole[0], how) == (pytest.approx(found, rel=0.1) if autocast else found)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(("space", "prepare"), [("experts", plain), ("expert_channels", watched)])
+def test_a_step_of_experts(space, prepare, experts, autocast):
+    """An estimate."""
+    found, shapes = per_token_and_layer("qwen3_moe", space, prepare, autocast=autocast, experts=experts)
+    how = replace(pass_of("qwen3_moe", autocast), watched=prepare is watched, by_expert=experts)
+    planned = kept_by_training(shapes, shapes.whole[0], how)
+    assert planned == pytest.approx(found, rel=0.1)
+
+
 def whole(model, shapes):
     plain = whole_model(model)
     use_training_attention(plain)
@@ -146,11 +163,15 @@ def test_a_step_of_all_weights(family, autocast):
     assert kept_by_full(shapes, shapes.whole[0], how) == (found if exact else pytest.approx(found, rel=0.15))
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
-def test_parameters_of_an_adapter(variant):
-    model, shapes = model_of("llama", 2, "kv_group", 0.0, variant)
+@pytest.mark.parametrize(
+    ("family", "space", "settings"),
+    [("llama", "kv_group", {"variant": name}) for name in ("lora", "rslora", "dora")]
+    + [("qwen3_moe", "experts", {"experts": on}) for on in (False, True)],
+)
+def test_parameters_of_an_adapter(family, space, settings):
+    model, shapes = model_of(family, 2, space, 0.0, **settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapter_params(shapes.whole, RANK, dora=variant == "dora") == trained
+    assert adapter_params(shapes.whole, LoraSection(r=RANK, **settings)) == trained
 
 
 @pytest.mark.parametrize(("space", "dropout"), [("kv_group", 0.1), ("head_dim", 0.0), ("disp", 0.1)])

@@ -15,10 +15,10 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedMLP, MaskedPeftLinear, add_lora
 from atp.models.config import CutConfig
 from atp.removal.cut import cut_config, cut_model
-from atp.spaces import space_names, structure_names
+from atp.spaces import EXPERT_SPACES, space_names, structure_names
 from atp.spaces.space import Cut, MaskSpace, Structure
 
-SPACES = [name for name in space_names() if name != "experts"]  # which Llama has not: see families/test_experts.py
+SPACES = [name for name in space_names() if name not in EXPERT_SPACES]  # Llama has none: see families/test_experts.py
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -43,7 +43,7 @@ def test_names_are_those_that_are_built():
     for name in SPACES:
         layer = MaskSpace.from_config(stock_model().config, name).layer(0)
         built += [structure.name for structure in layer if structure.name not in built]
-    assert built == [name for name in structure_names() if name != "experts"]
+    assert built == [name for name in structure_names() if name not in EXPERT_SPACES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

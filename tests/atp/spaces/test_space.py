@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GemmaConfig, GPT2Config
 
 from atp.ground.errors import InputError
-from atp.spaces import space_names
+from atp.spaces import EXPERT_SPACES, space_names
 from atp.spaces.space import Cut, MaskSpace, UnsupportedModel
 
 
@@ -24,7 +24,7 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
-@pytest.mark.parametrize("name", [name for name in space_names() if name != "experts"])
+@pytest.mark.parametrize("name", [name for name in space_names() if name not in EXPERT_SPACES])
 def test_no_gradient_of_a_soft_mask_takes_an_index(name, batch):
     """CUDA would sort each index to sum by it. Values and gradients are those of indexing."""
     space = MaskSpace.from_config(config(), name)
@@ -62,7 +62,7 @@ def test_any_order_of_decisions_expands_as_its_index_does(decisions, found):
 def test_head_dim_is_derived_where_the_config_gives_none_and_an_unknown_space_refused():
     space = MaskSpace.from_config(config("mistral", head_dim=None, hidden_size=16))
     assert [s.size for s in space.layer(0)] == [2, 4, INNER]
-    with pytest.raises(UnsupportedModel, match="unknown mask space 'heads': use one of disp, experts, head_dim"):
+    with pytest.raises(UnsupportedModel, match="unknown mask space 'heads': use one of disp, experts, expert_channels"):
         MaskSpace.from_config(config(), "heads")
 
 
