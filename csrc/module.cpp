@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("take_columns(Tensor values, Tensor index, Tensor(a!) out) -> ()");
   m.def("spread_columns_(Tensor(a!) values, int width, Tensor place) -> ()");
   m.def("dropped(Tensor values, int threshold, float scale, int seed) -> Tensor");
-  m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_forward(Tensor gate, Tensor up, bool gelu=False) -> Tensor");
   m.def(
-      "swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? sums=None)"
-      " -> ()");
+      "swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? sums=None,"
+      " bool gelu=False) -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets) -> Tensor");
   m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, bool narrow) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor scales) -> Tensor");
@@ -57,12 +57,12 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
       " bool need_x) -> Tensor[]");
   m.def(
       "packed_mlp_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2, Tensor? b2,"
-      " Tensor[] factors, float s1, float s2, Tensor? norm=None, float eps=0.0)"
+      " Tensor[] factors, float s1, float s2, bool gelu=False, Tensor? norm=None, float eps=0.0)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "packed_mlp_backward(Tensor grad, Tensor wide, Tensor both, Tensor s, Tensor w1, Tensor d1, Tensor w2, Tensor d2,"
-      " Tensor[] factors, float s1, float s2, bool need_x, Tensor(a!)? sums, Tensor? x=None, Tensor? norm=None,"
-      " Tensor? scales=None) -> Tensor[]");
+      " Tensor[] factors, float s1, float s2, bool gelu, bool need_x, Tensor(a!)? sums, Tensor? x=None,"
+      " Tensor? norm=None, Tensor? scales=None) -> Tensor[]");
   m.def(
       "packed_attention_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2,"
       " Tensor? b2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, Tensor? mask, float scale, int batch,"

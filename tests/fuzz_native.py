@@ -94,7 +94,8 @@ def swiglu(o: Operands, name: str) -> list:
     rows = samples * o.size()
     matrices = [o.apart(rows, cols) for _ in range(2 if name == "swiglu_forward" else 5)]
     sums = [o.draw.choice((None, o.vector(samples * cols).view(samples, cols)))]
-    return matrices if name == "swiglu_forward" else matrices + sums
+    gelu = o.draw.random() < 0.5
+    return [*matrices, gelu] if name == "swiglu_forward" else [*matrices, *sums, gelu]
 
 
 def sample_dots(o: Operands, name: str) -> list:
@@ -135,7 +136,7 @@ def packed_blocks(o: Operands, name: str) -> list:
     outputs = [inner, groups * dim, groups * dim] if attention else [inner, inner]
     first, factors, rank = pack(o, cols, outputs, bias=forward)
     last, more, end = pack(o, inner, [ends], bias=forward)
-    given = [*first, *last, factors + more, 0.5, 0.5]
+    given = [*first, *last, factors + more, 0.5, 0.5, *([] if attention else [o.draw.random() < 0.5])]
     turned = o.draw.choice((tokens, rows))
     angles = [o.matrix(turned, dim, torch.float32) for _ in range(2)]
     seen = o.draw.choice((None, o.flags(tokens * tokens).view(1, tokens, tokens)))

@@ -24,13 +24,18 @@ from atp_kernels.packed.op import Norm
 class FusedRMSNorm(Hooked):
     """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
 
-    Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
+    Otherwise each of the linears that read the result would cast it, and its gradient on the way back. offset: whether
+    it multiplies by 1 + weight, as Gemma's does.
     """
 
-    def __init__(self, norm: Any) -> None:
+    offset = False
+
+    def __init__(self, norm: Any, *, offset: bool = False) -> None:
         super().__init__()
         self.weight: nn.Parameter = norm.weight
-        self.variance_epsilon: float = norm.variance_epsilon
+        self.variance_epsilon: float = norm.eps if offset else norm.variance_epsilon
+        self.offset = offset
+        self._scale: tuple[Tensor, int, Tensor] | None = None
         self.train(norm.training)
 
     @classmethod
@@ -38,12 +43,28 @@ class FusedRMSNorm(Hooked):
         """Turns a norm into this one in place, for a sharded model, whose gathering knows its modules."""
         norm.__class__ = cls
 
+    @property
+    def scale(self) -> Tensor:
+        """What it multiplies by, [hidden]; 1 + weight in float32, made anew where the weight has changed."""
+        weight = self.weight
+        if not self.offset:
+            return weight
+        if weight.requires_grad:
+            return 1.0 + weight.float()
+        if self._scale is None or self._scale[0] is not weight or self._scale[1] != weight._version:
+            self._scale = weight, weight._version, 1.0 + weight.detach().float()
+        return self._scale[2]
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+            # Gemma norms heads behind each other; what lies token by token stays so, and attention copies nothing.
+            turned: Tensor = self.forward(x.transpose(1, 2))
+            return turned.transpose(1, 2)
         if x.dtype == torch.float64:
             # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
             x = x.float()
-            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
-        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=_read_in(x))
+            return self.scale * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
+        return rms_norm(x, self.scale, eps=self.variance_epsilon, dtype=_read_in(x))
 
     def after(self, x: Tensor, output: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """(x + multiplier * output, this norm of it), [..., hidden], as one operation if nobody waits for a call."""
@@ -51,7 +72,7 @@ class FusedRMSNorm(Hooked):
             stream = x + (output if multiplier == 1 else output * multiplier)
             return stream, self(stream)
         eps, dtype = self.variance_epsilon, _read_in(x)
-        return add_rms_norm(x, output, self.weight, eps=eps, multiplier=multiplier, dtype=dtype)
+        return add_rms_norm(x, output, self.scale, eps=eps, multiplier=multiplier, dtype=dtype)
 
 
 def _read_in(x: Tensor) -> torch.dtype | None:

@@ -31,6 +31,7 @@ from atp_kernels import (
     new_seed,
 )
 from atp_kernels.packed.op import Norm, packed_linears, packed_mlp
+from atp_kernels.swiglu.native import GELU
 
 ADAPTER = "default"
 
@@ -253,7 +254,7 @@ class MaskedMLP(Hooked):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         sums = gate.observed[0]
         if (
-            self.activation != "silu"
+            self.activation is None
             or sums is not up.observed[0]
             or not all(part.fusible for part in (gate, up, down))
         ):
@@ -265,7 +266,8 @@ class MaskedMLP(Hooked):
         if first is None or last is None or (norm is not None and down.observed[0] is not None):
             return None
         sums = None if sums is None else sums[: len(x)]
-        return packed_mlp(x, first[0], last[0], [*first[1], *last[1]], sums, norm)
+        gelu = self.activation == GELU
+        return packed_mlp(x, first[0], last[0], [*first[1], *last[1]], sums, norm, gelu)
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -299,13 +301,13 @@ def fuse_layers(model: PeftModel) -> PeftModel:
         elif len(family.mlp) == 3 and runs_stock_forward(layer.mlp) and _are_masked(layer.mlp):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(layer_config(base.config, index)):
-            norm = layer.get_submodule(name)
-            if not runs_stock_forward(norm) or family.unit_offset or not hasattr(norm, "variance_epsilon"):
+            norm, offset = layer.get_submodule(name), family.unit_offset
+            if not runs_stock_forward(norm) or family.layer_norm or not (offset or hasattr(norm, "variance_epsilon")):
                 continue
-            if is_sharded(base):
+            if not is_sharded(base):
+                layer.set_submodule(name, FusedRMSNorm(norm, offset=offset))
+            elif not offset:
                 FusedRMSNorm.adopt(norm)
-            else:
-                layer.set_submodule(name, FusedRMSNorm(norm))
         if not is_sharded(base) and family.blocks is BLOCKS:
             fuse_layer(layer)
     return model

@@ -107,15 +107,15 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
 
 
 def _read_by_norms(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
-    """Numbers per token, as wide as the residual stream, that norms read: the stream, or outputs of blocks.
+    """Numbers per token, in the dtype of the residual stream, that norms read: the stream, or outputs of blocks.
 
-    transformers' norms with an offset also widen queries and keys, which they read, to float32.
+    A block without a norm before it casts the stream for each of its linears, which comes to as much as a wide output.
     """
-    family = family_of(shapes.config)
-    around = sum((block.before is not None) + (block.after is not None) for block in family.blocks)
-    widened = family.qk_norm and family.unit_offset and how.product < _FLOAT
-    added = (widths.heads + widths.kv_heads) * widths.qk_dim * (_FLOAT - how.product) if widened else 0
-    return around * shapes.config.hidden_size + added / how.residual
+    count = 0.0
+    for block in family_of(shapes.config).blocks:
+        after = 0.0 if block.after is None else how.product / how.residual
+        count += 1 if block.before is None else 1 + after
+    return shapes.config.hidden_size * count
 
 
 def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int:

@@ -27,13 +27,15 @@ def packed_mlp(
     linears: Sequence[Projection],
     mask_grad: Tensor | None = None,
     norm: Norm | None = None,
+    gelu: bool = False,
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)), bfloat16 [..., out]: gate and up in `first`, down in `last`, all three in `linears`.
+    """down(act(gate(x)) * up(x)), bfloat16 [..., out]: gate and up in `first`, down in `last`, all three in `linears`.
 
-    mask_grad as in `masked_lora_swiglu`. With a norm, x is float32 [..., in] and so is the result, x + mlp(norm(x)).
+    act is SiLU, or GELU by its tanh. mask_grad as in `masked_lora_swiglu`. With a norm, x is float32 [..., in] and so is
+    the result, x + mlp(norm(x)).
     """
     operands = x if norm is not None else x.to(torch.bfloat16), *_factors(linears)
-    result: Tensor = PackedMlpFunction.apply(first, last, mask_grad, norm, *operands)
+    result: Tensor = PackedMlpFunction.apply(first, last, mask_grad, norm, gelu, *operands)
     return result
 
 
@@ -87,32 +89,32 @@ class PackedFunction(torch.autograd.Function):
 
 
 class PackedMlpFunction(torch.autograd.Function):
-    """(packs, sums or None, norm or None, x, the factors of gate, up and down) -> y.
+    """(packs, sums or None, norm or None, GELU or SiLU, x, the factors of gate, up and down) -> y.
 
     What down reads is made again.
     """
 
     @staticmethod
-    def forward(ctx, first, last, sums, norm, x, *factors):
+    def forward(ctx, first, last, sums, norm, gelu, x, *factors):
         packs = first.weight, first.down, first.bias, last.weight, last.down, last.bias
-        rows, scalings = matrix(x).contiguous(), (first.scaling, last.scaling)
+        rows, scalings = matrix(x).contiguous(), (first.scaling, last.scaling, gelu)
         y, *saved, scales = ops.packed_mlp_forward(rows, *packs, factors, *scalings, *(norm or ()))
-        ctx.packs, ctx.sums, ctx.shape = (first, last), sums, x.shape
+        ctx.packs, ctx.sums, ctx.shape, ctx.gelu = (first, last), sums, x.shape, gelu
         ctx.save_for_backward(*saved, *factors, *(() if norm is None else (rows, norm[0], scales)))
         return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        (first, last), need_x = ctx.packs, ctx.needs_input_grad[4]
+        (first, last), need_x = ctx.packs, ctx.needs_input_grad[5]
         wide, both, s, *factors = ctx.saved_tensors
         factors, around = factors[:6], factors[6:]
         packs = first.weight, first.down, last.weight, last.down
-        grad, scalings = matrix(grad).contiguous(), (first.scaling, last.scaling)
+        grad, scalings = matrix(grad).contiguous(), (first.scaling, last.scaling, ctx.gelu)
         d_x, *found = ops.packed_mlp_backward(
             grad, wide, both, s, *packs, factors, *scalings, need_x, ctx.sums, *around
         )
-        return *[None] * 4, d_x.view(ctx.shape) if need_x else None, *found
+        return *[None] * 5, d_x.view(ctx.shape) if need_x else None, *found
 
 
 class PackedAttentionFunction(torch.autograd.Function):

@@ -38,13 +38,10 @@ TABLE = {
         ("column_dot(d_gate, gate).add_(column_dot(d_up, up))", "column_dot(d_gate, gate)"),
     ),
     (NATIVE, NATIVE_ACTIVATIONS_ANY_SHAPE): (
-        ('if activation != "silu" or not _unit_stride(gate, up):', "if not _unit_stride(gate, up):"),
-        ('if activation != "silu" or not _unit_stride(gate, up):', 'if activation != "silu":'),
-        (
-            "swiglu_forward(masked(gate, mask), masked(up, mask))",
-            "swiglu_forward(masked(up, mask), masked(gate, mask))",
-        ),
-        ('if activation != "silu" or not in_one_piece or', "if not in_one_piece or"),
+        ("if not _unit_stride(gate, up):", "if False:"),
+        ("up, mask), activation == GELU)", "up, mask))"),
+        ("swiglu_forward(masked(gate, mask), masked(up, mask)", "swiglu_forward(masked(up, mask), masked(gate, mask)"),
+        ("d_up, sums, gelu)", "d_up, sums)"),
         ("not _unit_stride(d_h, gate, up, d_gate, d_up):", "False:"),
         ("(d_h, masked(gate, mask), masked(up, mask), d_gate", "(d_h, masked(up, mask), masked(gate, mask), d_gate"),
     ),

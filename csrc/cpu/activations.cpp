@@ -1,4 +1,5 @@
-// What lies between the linears of a gated MLP: silu(gate) * up and its gradients, in one pass over each matrix.
+// What lies between the linears of a gated MLP: act(gate) * up and its gradients, in one pass over each matrix. The
+// activation is SiLU, or GELU by its tanh.
 //
 // Rows may lie apart.
 
@@ -47,7 +48,7 @@ Rows<T> written(const Tensor& values) {
 
 }  // namespace
 
-void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h) {
+void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h, bool gelu) {
   check_gate(gate);
   check_like(up, "up", gate);
   check_like(h, "h", gate);
@@ -58,7 +59,7 @@ void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h) {
     const auto g = read<T>(gate), u = read<T>(up);
     const auto to = written<T>(h);
     for_rows(gate.size(0), cols, [&](int64_t first, int64_t count) {
-      const auto forward = activations_for<T>(loops()).swiglu_row;
+      const auto forward = activations_for<T>(loops(), gelu).swiglu_row;
       for (int64_t row = first; row < first + count; ++row) forward(g[row], u[row], cols, to[row]);
     });
   });
@@ -69,7 +70,7 @@ void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h) {
 // sums [samples, cols], if there are any: to the row of each sample the sums of d_gate * gate + d_up * up are added, which
 // are the gradient of a mask of ones on gate and up in that sample.
 void swiglu_backward(
-    Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up, std::optional<Tensor> sums) {
+    Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up, std::optional<Tensor> sums, bool gelu) {
   check_gate(gate);
   check_like(d_h, "d_h", gate);
   check_like(up, "up", gate);
@@ -87,7 +88,7 @@ void swiglu_backward(
       for (int64_t i = 0; i < samples; ++i) {
         float* to = sums_of(*sums) + i * sums->stride(0);
         add_column_sums(rows, cols, to, [&](int64_t first, int64_t count, float* block) {
-          const auto backward = activations_for<T>(loops()).swiglu_backward_dot_row;
+          const auto backward = activations_for<T>(loops(), gelu).swiglu_backward_dot_row;
           std::fill_n(block, cols, 0.0f);
           for (int64_t row = i * rows + first; row < i * rows + first + count; ++row) {
             backward(d[row], g[row], u[row], cols, to_gate[row], to_up[row], block);
@@ -97,7 +98,7 @@ void swiglu_backward(
       return;
     }
     for_rows(gate.size(0), cols, [&](int64_t first, int64_t count) {
-      const auto backward = activations_for<T>(loops()).swiglu_backward_row;
+      const auto backward = activations_for<T>(loops(), gelu).swiglu_backward_row;
       for (int64_t row = first; row < first + count; ++row) {
         backward(d[row], g[row], u[row], cols, to_gate[row], to_up[row]);
       }
@@ -107,10 +108,10 @@ void swiglu_backward(
 
 namespace {
 
-Tensor swiglu_forward(Tensor gate, Tensor up) {
+Tensor swiglu_forward(Tensor gate, Tensor up, bool gelu) {
   check_gate(gate);
   Tensor h = torch::stable::new_empty(gate, {gate.size(0), gate.size(1)});
-  swiglu_into(gate, up, h);
+  swiglu_into(gate, up, h, gelu);
   return h;
 }
 

@@ -90,27 +90,56 @@ inline __attribute__((always_inline)) void silu(floats x, floats* value, floats*
   *slope = sigmoid * (1.0f + (x < 0.0f ? t : -t) * rest);
 }
 
+// GELU by its tanh is x s(z) with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), and its derivative s(z) (1 + x z' (1 - s(z))).
+// Beyond kSaturated s(z) is 0 or 1, so x is clamped there: its cube stays finite.
+inline __attribute__((always_inline)) void gelu(floats x, floats* value, floats* slope) {
+  constexpr float kTwice = 1.5957691216057308f;
+  const floats one = floats{} + 1.0f, most = floats{} + kSaturated;
+  const floats above = x < -most ? -most : x;
+  const floats inner = above > most ? most : above, square = inner * inner;
+  const floats z = inner * (kTwice * (1.0f + 0.044715f * square));
+  const floats negated = (floats)((words)z | kSign);
+  const floats power = exponential(negated < -most ? -most : negated), inverse = 1.0f / (1.0f + power);
+  const floats sigmoid = (z < 0.0f ? power : one) * inverse;
+  const floats rest = (z < 0.0f ? one : power) * inverse;
+  *value = above * sigmoid;
+  *slope = sigmoid * (1.0f + inner * (kTwice * (1.0f + 0.134145f * square)) * rest);
+}
+
+template <bool kGelu>
+inline __attribute__((always_inline)) void activate(floats x, floats* value, floats* slope) {
+  if constexpr (kGelu) {
+    gelu(x, value, slope);
+  } else {
+    silu(x, value, slope);
+  }
+}
+
+template <bool kGelu>
 inline __attribute__((always_inline)) floats swiglu(floats gate, floats up) {
   floats value, slope;
-  silu(gate, &value, &slope);
+  activate<kGelu>(gate, &value, &slope);
   return value * up;
 }
 
+template <bool kGelu>
 inline __attribute__((always_inline)) Pair swiglu(Pair gate, Pair up) {
-  return {swiglu(gate.first, up.first), swiglu(gate.second, up.second)};
+  return {swiglu<kGelu>(gate.first, up.first), swiglu<kGelu>(gate.second, up.second)};
 }
 
+template <bool kGelu>
 inline __attribute__((always_inline)) void swiglu_grads(
     floats d_h, floats gate, floats up, floats* d_gate, floats* d_up) {
   floats value, slope;
-  silu(gate, &value, &slope);
+  activate<kGelu>(gate, &value, &slope);
   *d_gate = d_h * up * slope;
   *d_up = d_h * value;
 }
 
+template <bool kGelu>
 inline __attribute__((always_inline)) void swiglu_grads(Pair d_h, Pair gate, Pair up, Pair* d_gate, Pair* d_up) {
-  swiglu_grads(d_h.first, gate.first, up.first, &d_gate->first, &d_up->first);
-  swiglu_grads(d_h.second, gate.second, up.second, &d_gate->second, &d_up->second);
+  swiglu_grads<kGelu>(d_h.first, gate.first, up.first, &d_gate->first, &d_up->first);
+  swiglu_grads<kGelu>(d_h.second, gate.second, up.second, &d_gate->second, &d_up->second);
 }
 
 inline __attribute__((always_inline)) Pair dot_pair(Pair gate, Pair up, Pair d_gate, Pair d_up) {
@@ -144,24 +173,26 @@ inline __attribute__((always_inline)) void keep_pair(float* to, Pair pair) {
   }
 }
 
-template <typename T>
+template <typename T, bool kGelu>
 void swiglu_row(const T* gate, const T* up, int64_t cols, T* h) {
   int64_t col = 0;
-  for (; col + kPair <= cols; col += kPair) store_pair(h + col, swiglu(load_pair(gate + col), load_pair(up + col)));
+  for (; col + kPair <= cols; col += kPair) {
+    store_pair(h + col, swiglu<kGelu>(load_pair(gate + col), load_pair(up + col)));
+  }
   if (col < cols) {
     const int64_t count = cols - col;
-    store_pair(h + col, swiglu(load_pair(gate + col, count), load_pair(up + col, count)), count);
+    store_pair(h + col, swiglu<kGelu>(load_pair(gate + col, count), load_pair(up + col, count)), count);
   }
 }
 
-template <typename T, bool kDot>
+template <typename T, bool kGelu, bool kDot>
 inline __attribute__((always_inline)) void swiglu_backward_any(
     const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up, float* sums) {
   Pair first, second;
   int64_t col = 0;
   for (; col + kPair <= cols; col += kPair) {
     const Pair g = load_pair(gate + col), u = load_pair(up + col);
-    swiglu_grads(load_pair(d_h + col), g, u, &first, &second);
+    swiglu_grads<kGelu>(load_pair(d_h + col), g, u, &first, &second);
     store_pair(d_gate + col, first);
     store_pair(d_up + col, second);
     if constexpr (kDot) {
@@ -172,7 +203,7 @@ inline __attribute__((always_inline)) void swiglu_backward_any(
   if (col < cols) {
     const int64_t count = cols - col;
     const Pair upstream = load_pair(d_h + col, count), g = load_pair(gate + col, count), u = load_pair(up + col, count);
-    swiglu_grads(upstream, g, u, &first, &second);
+    swiglu_grads<kGelu>(upstream, g, u, &first, &second);
     store_pair(d_gate + col, first, count);
     store_pair(d_up + col, second, count);
     if constexpr (kDot) {
@@ -183,18 +214,18 @@ inline __attribute__((always_inline)) void swiglu_backward_any(
   }
 }
 
-template <typename T>
+template <typename T, bool kGelu>
 void swiglu_backward_row(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up) {
-  swiglu_backward_any<T, false>(d_h, gate, up, cols, d_gate, d_up, nullptr);
+  swiglu_backward_any<T, kGelu, false>(d_h, gate, up, cols, d_gate, d_up, nullptr);
 }
 
-template <typename T>
+template <typename T, bool kGelu>
 void swiglu_backward_dot_row(
     const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up, float* sums) {
-  swiglu_backward_any<T, true>(d_h, gate, up, cols, d_gate, d_up, sums);
+  swiglu_backward_any<T, kGelu, true>(d_h, gate, up, cols, d_gate, d_up, sums);
 }
 
-template <typename T>
+template <typename T, bool kGelu>
 constexpr ActivationLoops<T> activation_loops() {
-  return {swiglu_row<T>, swiglu_backward_row<T>, swiglu_backward_dot_row<T>};
+  return {swiglu_row<T, kGelu>, swiglu_backward_row<T, kGelu>, swiglu_backward_dot_row<T, kGelu>};
 }

@@ -41,7 +41,7 @@ struct ColumnLoops {
   void (*drop_row)(const T* x, int64_t cols, uint32_t row, const Drop& drop, T* out);
 };
 
-// One row of silu(gate) * up, or of its gradients; d_gate may be d_h.
+// One row of act(gate) * up, or of its gradients; d_gate may be d_h.
 template <typename T>
 struct ActivationLoops {
   void (*swiglu_row)(const T* gate, const T* up, int64_t cols, T* h);
@@ -107,8 +107,8 @@ struct Loops {
   GroupLoops<bfloat16> bfloat16_;
   ColumnLoops<float> float32_columns;
   ColumnLoops<bfloat16> bfloat16_columns;
-  ActivationLoops<float> float32_activations;
-  ActivationLoops<bfloat16> bfloat16_activations;
+  ActivationLoops<float> float32_activations[2];  // of SiLU, and of GELU by its tanh
+  ActivationLoops<bfloat16> bfloat16_activations[2];
   SoftmaxLoops<float> float32_softmax;
   SoftmaxLoops<bfloat16> bfloat16_softmax;
   NormLoops<float, float> float32_norm;
@@ -137,11 +137,11 @@ const ColumnLoops<T>& columns_for(const Loops& loops) {
 }
 
 template <typename T>
-const ActivationLoops<T>& activations_for(const Loops& loops) {
+const ActivationLoops<T>& activations_for(const Loops& loops, bool gelu) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return loops.float32_activations;
+    return loops.float32_activations[gelu];
   } else {
-    return loops.bfloat16_activations;
+    return loops.bfloat16_activations[gelu];
   }
 }
 

@@ -286,7 +286,7 @@ void check_mlp(const Packs& packs) {
 // this weight, y is x + block(norm(x)).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
     Tensor x, Tensor w1, Tensor d1, std::optional<Tensor> b1, Tensor w2, Tensor d2, std::optional<Tensor> b2,
-    std::vector<Tensor> factors, double s1, double s2, std::optional<Tensor> norm, double eps) {
+    std::vector<Tensor> factors, double s1, double s2, bool gelu, std::optional<Tensor> norm, double eps) {
   const Packs packs(w1, d1, b1, w2, d2, b2, factors, s1, s2);
   check_mlp(packs);
   const std::optional<Around> around = around_forward(packs, x, norm);
@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
   packs.last.load();
   const auto [gate, up] = gate_and_up(both);
   const Tensor hidden = torch::stable::new_empty(wide, {x.size(0), packs.last.width()});
-  swiglu_into(gate, up, packs.last.x_of(hidden));
+  swiglu_into(gate, up, packs.last.x_of(hidden), gelu);
   packs.last.complete(hidden);
   Tensor s = torch::stable::new_empty(wide, {x.size(0), packs.last.layout.ranks});
   copy_rows(packs.last.s_of(hidden), s);
@@ -305,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
 // again. sums as in `swiglu_backward`; x, norm and scales where there was a norm.
 std::vector<Tensor> packed_mlp_backward(
     Tensor grad, Tensor wide, Tensor both, Tensor s, Tensor w1, Tensor d1, Tensor w2, Tensor d2,
-    std::vector<Tensor> factors, double s1, double s2, bool need_x, std::optional<Tensor> sums, std::optional<Tensor> x,
-    std::optional<Tensor> norm, std::optional<Tensor> scales) {
+    std::vector<Tensor> factors, double s1, double s2, bool gelu, bool need_x, std::optional<Tensor> sums,
+    std::optional<Tensor> x, std::optional<Tensor> norm, std::optional<Tensor> scales) {
   const Packs packs(w1, d1, std::nullopt, w2, d2, std::nullopt, factors, s1, s2);
   check_mlp(packs);
   const int64_t rows = grad.size(0);
@@ -321,11 +321,11 @@ std::vector<Tensor> packed_mlp_backward(
   const Tensor d_both = torch::stable::empty_like(both);
   {
     const Tensor hidden = torch::stable::new_empty(d_y, {rows, packs.last.width()});
-    swiglu_into(gate, up, packs.last.x_of(hidden));
+    swiglu_into(gate, up, packs.last.x_of(hidden), gelu);
     copy_rows(s, packs.last.s_of(hidden));
     const Tensor d_h = *packs.last.backward(d_y, hidden, true, of_last);
     const auto [d_gate, d_up] = gate_and_up(d_both);
-    swiglu_backward(d_h, gate, up, d_gate, d_up, sums);
+    swiglu_backward(d_h, gate, up, d_gate, d_up, sums, gelu);
   }
   std::vector<Tensor> grads = run_back(packs.first, d_both, wide, need_x);
   if (need_x && around.has_value()) grads[0] = around->back(grad, grads[0]);

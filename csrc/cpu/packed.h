@@ -102,10 +102,11 @@ Tensor scales_of(const std::optional<Around>& around, const Tensor& like);
 // Throws unless `values` is a contiguous bfloat16 matrix of this size.
 void check_matrix(const Tensor& values, const char* name, int64_t rows, int64_t cols);
 
-// silu(gate) * up into h, and its gradients; matrices of one shape and dtype, whose rows may lie apart. See
+// act(gate) * up into h, and its gradients; matrices of one shape and dtype, whose rows may lie apart. See
 // activations.cpp.
-void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h);
-void swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up, std::optional<Tensor> sums);
+void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h, bool gelu);
+void swiglu_backward(
+    Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up, std::optional<Tensor> sums, bool gelu);
 
 // Adds the column sums of left * right over the rows of each sample to its row of `sums`. See columns.cpp.
 void add_sample_dots(Tensor left, Tensor right, Tensor sums);

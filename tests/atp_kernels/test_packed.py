@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 from torch.testing import assert_close
 
 from atp_kernels import Projection, extension, masked_lora_linear, masked_lora_swiglu, rms_norm
@@ -80,21 +80,23 @@ def test_linears_of_one_input(ranks, bias, shape):
 
 
 @pytest.mark.parametrize("observed", [False, True])
-def test_a_gated_mlp(observed):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_mlp(observed, activation):
     gate, up, down = linears = [linear(24, 16, seed=1), linear(24, 16, seed=2), linear(16, 24, seed=3)]
     x = torch.randn(3, 9, 16).to(torch.bfloat16).requires_grad_()
     sums, other = (torch.zeros(3, 24) if observed else None for _ in range(2))
-    y = packed_mlp(x, PackedLinears([gate, up]), PackedLinears([down]), linears, sums)
+    y = packed_mlp(x, PackedLinears([gate, up]), PackedLinears([down]), linears, sums, gelu=activation == "gelu_tanh")
     weight, inputs = torch.randn(3, 9, 16, dtype=torch.float64), [x, *factors(linears)]
     found = [y, *gradients(y, weight, inputs)]
     with torch.autocast("cpu", torch.bfloat16):
-        theirs = masked_lora_swiglu(x, *linears, mask_grad=other)
+        theirs = masked_lora_swiglu(x, *linears, mask_grad=other, activation=activation)
     apart = [theirs, *gradients(theirs, weight, inputs)]
     wide = x.detach().double().requires_grad_()
     exact = [[t.detach().double().requires_grad_() for t in (p.lora_a, p.lora_b)] for p in linears]
     g, u = (definition.masked_lora_linear(wide, p.weight.double(), *own, scaling=p.scaling)
             for p, own in zip(linears[:2], exact[:2], strict=True))  # fmt: skip
-    true = definition.masked_lora_linear(silu(g) * u, down.weight.double(), *exact[2], scaling=down.scaling)
+    h = (silu(g) if activation == "silu" else gelu(g, approximate="tanh")) * u
+    true = definition.masked_lora_linear(h, down.weight.double(), *exact[2], scaling=down.scaling)
     no_worse(found, apart, [true, *gradients(true, weight, [wide, *(t for own in exact for t in own)])])
     if observed:
         assert_close(sums, other, rtol=3e-2, atol=3e-2 * float(other.abs().max()))

@@ -132,8 +132,7 @@ def test_norms_and_mlps_are_fused_and_come_back(name):
     for layer in wrapped.get_base_model().model.layers:
         assert isinstance(layer.mlp, MaskedMLP) == (name not in UNGATED)
         norms = [m for n, m in layer.named_modules() if n.endswith("norm")]
-        fused = not name.startswith("gemma") and name not in LAYER_NORMS  # Gemma's multiply by 1 + weight
-        assert norms and all(isinstance(n, FusedRMSNorm) == fused for n in norms)
+        assert norms and all(isinstance(n, FusedRMSNorm) == (name not in LAYER_NORMS) for n in norms)
     assert_close(wrapped(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
     plain = unload(wrapped, stock)
     assert {n: (type(m), id(m) if "norm" in n else None) for n, m in plain.named_modules()} == before
