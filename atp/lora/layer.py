@@ -253,11 +253,7 @@ class MaskedMLP(Hooked):
         """
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         sums = gate.observed[0]
-        if (
-            self.activation is None
-            or sums is not up.observed[0]
-            or not all(part.fusible for part in (gate, up, down))
-        ):
+        if self.activation is None or sums is not up.observed[0] or not all(part.fusible for part in (gate, up, down)):
             return None
         if sums is not None and (len(x) > len(sums) or not x.requires_grad):
             return None

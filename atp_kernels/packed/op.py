@@ -31,8 +31,8 @@ def packed_mlp(
 ) -> Tensor:
     """down(act(gate(x)) * up(x)), bfloat16 [..., out]: gate and up in `first`, down in `last`, all three in `linears`.
 
-    act is SiLU, or GELU by its tanh. mask_grad as in `masked_lora_swiglu`. With a norm, x is float32 [..., in] and so is
-    the result, x + mlp(norm(x)).
+    act is SiLU, or GELU by its tanh. mask_grad as in `masked_lora_swiglu`. With a norm, x is float32 [..., in] and so
+    is the result, x + mlp(norm(x)).
     """
     operands = x if norm is not None else x.to(torch.bfloat16), *_factors(linears)
     result: Tensor = PackedMlpFunction.apply(first, last, mask_grad, norm, gelu, *operands)

@@ -49,8 +49,8 @@ def computed(d_h, gate, up, activation="silu", in_place=False):
 def assert_close_to_exact(results, operands, activation="silu"):
     h, d_gate, d_up, size, z = exact(*operands, activation)
     dtype = operands[0].dtype
-    # A few units of float32, then half a unit of what the result is rounded to. Where the sigmoid is of a cubic z, which
-    # was rounded itself, a unit in it is |z| units in a sigmoid that falls as exp(z).
+    # A few units of float32, then half a unit of what the result is rounded to. Where the sigmoid is of a cubic z that
+    # was rounded itself, a unit in z is |z| units in a sigmoid that falls as exp(z).
     units = 3 if activation == "silu" else 4 + 2 * z.neg().clamp(0, 120)
     relative = units * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
     for value, want, scale in zip(results, (h, d_gate, d_up), (h.abs(), size, d_up.abs()), strict=True):
