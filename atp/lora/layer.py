@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from atp.config import LoraVariant
 from atp.families import BLOCKS, EXPERTS, ExpertFamily, family_of, layer_config
+from atp.ground.errors import InputError
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
@@ -34,6 +36,7 @@ from atp_kernels.packed.op import Norm, packed_linears, packed_mlp
 from atp_kernels.swiglu.native import GELU
 
 ADAPTER = "default"
+_STACKS_SIDES = (0, 19)  # before, PEFT took outputs of stacked weights for inputs
 
 
 class MaskedPeftLinear(PeftLinear):
@@ -352,8 +355,10 @@ def lora_config(
 ) -> LoraConfig:
     """PEFT's config of an adapter on the linears with these names, with or without what stands before the last dot.
 
-    experts: whether it is on the stacked weights of experts too.
+    experts: whether it is on the stacked weights of experts too. Raises `InputError` where PEFT is too old for that.
     """
+    if experts and tuple(map(int, peft.__version__.split(".")[:2])) < _STACKS_SIDES:
+        raise InputError(f"lora.experts needs PEFT 0.19 or newer, and this is {peft.__version__}: upgrade peft")
     return LoraConfig(
         r=r,
         lora_alpha=cast(int, alpha),  # PEFT only divides it
