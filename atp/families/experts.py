@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from atp.families.family import Family, Linear, declared
-from atp.spaces import EXPERT_SPACES
 
 EXPERTS = "mlp.experts"
 """The stacked weights of a layer's experts, by their name in it."""
@@ -79,8 +78,6 @@ class ExpertFamily(Family):
         return Routed(found.num_experts, found.num_experts_per_tok, inner, found.hidden_size, self.expert_biases)
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
-        if space not in EXPERT_SPACES:
-            return f"its MLPs are experts behind a router, so use {self.space}"
         dense = _dense_layers(config)
         if dense:
             return f"its layer {dense[0]} has one dense MLP, and every layer must have experts"

@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from atp.families import BLOCKS, SKIPPED, Block, Linear, UnsupportedModel, family_of, is_cut, layer_config
-from atp.spaces import BLOCK_SPACES, STRUCTURES
+from atp.families import (
+    BLOCKS,
+    SKIPPED,
+    Block,
+    ExpertFamily,
+    Family,
+    Linear,
+    UnsupportedModel,
+    family_of,
+    is_cut,
+    layer_config,
+)
+from atp.spaces import BLOCK_SPACES, EXPERT_SPACES, STRUCTURES
 
 WIDTHS = (64, 32, 16, 8, 4, 2)
 """Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
@@ -192,7 +203,9 @@ class MaskSpace:
         family = family_of(config)
         if space not in STRUCTURES:
             raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(STRUCTURES)}")
-        reason = family.refuses(config, space) or _refuses_lacking(config, space)
+        reason = (
+            _refuses_dense_spaces(family, space) or family.refuses(config, space) or _refuses_lacking(config, space)
+        )
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
         module = importlib.import_module(f"atp.spaces.{space}")
@@ -329,6 +342,11 @@ class MaskSpace:
             kept = torch.tensor(layers[structure.layer][structure.name], dtype=torch.long)
             mask[structure.start + kept] = True
         return mask
+
+
+def _refuses_dense_spaces(family: Family, space: str) -> str | None:
+    experts = isinstance(family, ExpertFamily) and space not in EXPERT_SPACES
+    return f"its MLPs are experts behind a router, so use {family.space}" if experts else None
 
 
 def _refuses_lacking(config: PretrainedConfig, space: str) -> str | None:

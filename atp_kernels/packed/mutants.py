@@ -30,8 +30,8 @@ TABLE = {
     ),
     (NATIVE, MLP): (
         (
-            "swiglu_into(gate, up, packs.last.x_of(hidden));\n  packs",
-            "swiglu_into(up, gate, packs.last.x_of(hidden));\n  packs",
+            "swiglu_into(gate, up, packs.last.x_of(hidden), gelu);\n  packs",
+            "swiglu_into(up, gate, packs.last.x_of(hidden), gelu);\n  packs",
         ),
         ("    copy_rows(s, packs.last.s_of(hidden));", "    copy_rows(s, s);"),
     ),

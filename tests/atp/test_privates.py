@@ -13,6 +13,7 @@ SOURCES = sorted((ROOT / "atp").rglob("*.py"))
 # Name -> package whose version has an upper bound for it. None: documented by its library, underscore or not.
 PRIVATES = {
     "_register_custom_module": "peft",
+    "_apply_gate": "transformers",
     "_attn_implementation": None,  # how transformers' guide to custom attention reads it
     "_experts_implementation": None,  # the same of experts
     "_asdict": None,  # a named tuple's, as the library reference describes it
