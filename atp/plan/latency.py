@@ -86,7 +86,7 @@ def measured_target(
     space = MaskSpace.from_config(shapes, config.decisions.space)
     if len(space.adapted) < len(space.modules):
         raise InputError(
-            f"decisions.{key} times linears by their widths, but a token takes equally many experts whatever is cut: "
+            f"decisions.{key} times linears by their widths, and what experts take goes by the tokens that they get: "
             "use target_keep"
         )
     if not space.equal_layers:

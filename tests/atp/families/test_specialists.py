@@ -1,4 +1,4 @@
-"""Experts of which a domain needs four: they are found, and without the others the model serves it as before."""
+"""Experts of which a domain needs four, and channels that it does not need: found, and gone without a loss."""
 
 import copy
 
@@ -88,3 +88,25 @@ def test_the_experts_that_a_domain_needs_are_found(model, tmp_path, domain, sour
             for structure in space.structures:
                 mask[structure.start + torch.randperm(EXPERTS, generator=draw)[:NEEDED]] = True
             assert loss_of(cut_model(model, space, mask), held_out) > 1.5 * before
+
+
+def test_the_channels_that_a_domain_needs_are_found(model, tmp_path):
+    """A third of each expert goes, for less than 1 % of the loss; a random third costs more."""
+    space, held_out = MaskSpace.from_config(model.config, "expert_channels"), texts(0, 64, 10**6)
+    settings = config(tmp_path, "expert_channels", open=8, search=0, settle=0, tune=0, lr=1e-4)
+    budget = Budget(space)
+    share = 1 - 8 / 24 * float(budget.cost().sum()) / budget.total
+    update = {"target_keep": share, "source": "running", "saliency_windows": 8}
+    settings = settings.model_copy(update={"decisions": settings.decisions.model_copy(update=update)})
+    windows = [texts(0, count, seed) for count, seed in ((32, 10**5), (16, 10**5 + 1))]
+    trainer = ATPTrainer(settings, copy.deepcopy(model), *(PackedDataset(ids, ids.clone()) for ids in windows))
+    trainer.train()
+    with torch.no_grad():
+        before, found = loss_of(model, held_out), loss_of(cut_model(model, space, trainer.decisions.mask), held_out)
+        for seed in range(5):
+            draw, mask = torch.Generator().manual_seed(seed), torch.zeros(space.size, dtype=torch.bool)
+            for structure in space.structures:
+                order = structure.ranking(torch.rand(structure.size, generator=draw))
+                mask[structure.start + order[: int(trainer.decisions.mask[structure.span].sum())]] = True
+            random = loss_of(cut_model(model, space, mask), held_out)
+            assert found - before < 0.01 * before < random - before
