@@ -63,7 +63,8 @@ class FusedRMSNorm(Hooked):
         if x.dtype == torch.float64:
             # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
             x = x.float()
-            return self.scale * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return (self.scale * normed).double() if self.offset else self.scale * normed.double()
         return rms_norm(x, self.scale, eps=self.variance_epsilon, dtype=_read_in(x))
 
     def after(self, x: Tensor, output: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
         numbers += 2 * widths.inner if widths.experts is None else 0
         if how.product < _FLOAT:
             numbers += sum(linear.in_features for linear in linears.values()) - reads
-    stream = _read_by_norms(shapes, widths, how)
+    stream = _read_by_norms(shapes, how)
     for ends in ("self_attn.o_proj", family_of(shapes.config).mlp[-1]):
         if ends in linears and linears[ends].out_features != hidden:  # what is added to a part of the stream
             stream += linears[ends].out_features
@@ -88,7 +88,12 @@ def kept_by_full(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
         readers = [name for name in readers if name in ("self_attn.q_proj", producers[0])]
     reads = sum(linears[name].in_features for name in readers)
     channels = _mlp(widths) + (2 * widths.inner if widths.experts is None else 0)
-    stream = 2 * _read_by_norms(shapes, widths, how)
+    family = family_of(shapes.config)
+    stream = (
+        2.0 * shapes.config.hidden_size * sum(len([n for n in block[1:] if n is not None]) for block in family.blocks)
+    )
+    if family.qk_norm and family.unit_offset and how.product < _FLOAT:  # Gemma's norms widen what they read
+        stream += 2 * (widths.heads + widths.kv_heads) * widths.qk_dim * (_FLOAT - how.product) / how.residual
     numbers = reads + _attention(widths, how, shapes) + channels
     return numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
 
@@ -103,10 +108,10 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     numbers = (
         _attention(widths, how, shapes) + _mlp(widths) + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
     )
-    return numbers * how.product + _read_by_norms(shapes, widths, how) * how.residual + _per_row(widths, how, shapes)
+    return numbers * how.product + _read_by_norms(shapes, how) * how.residual + _per_row(widths, how, shapes)
 
 
-def _read_by_norms(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
+def _read_by_norms(shapes: ModelShapes, how: Pass) -> float:
     """Numbers per token, in the dtype of the residual stream, that norms read: the stream, or outputs of blocks.
 
     A block without a norm before it casts the stream for each of its linears, which comes to as much as a wide output.
