@@ -15,7 +15,7 @@ from atp.decide.rules import width_rules
 from atp.decide.sampling import keep_one
 from atp.ground.errors import NotReached
 from atp.processes.finite import is_finite
-from atp.spaces.space import MaskSpace, Structure
+from atp.spaces.space import MaskSpace
 
 
 def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:
@@ -68,7 +68,8 @@ def fit_mask(
         step = structure.step(multiples)
         fewest = math.ceil(structure.least / step)
         counts.append(min(max(round(int(mask[structure.span].sum()) / step), fewest) * step, structure.size))
-    ranked = [_ranked(logits, structure) for structure in budget.space.structures]
+    orders = [structure.ranking(logits[structure.span]) for structure in budget.space.structures]
+    ranked = [(logits[s.span][order], order) for s, order in zip(budget.space.structures, orders, strict=True)]
     best = _top(ranked, counts, budget.space)
     while True:
         gap = budget.share(best) - target
@@ -79,13 +80,6 @@ def fit_mask(
                 break
         else:
             return best
-
-
-def _ranked(logits: Tensor, structure: Structure) -> tuple[Tensor, Tensor]:
-    """The logits of a structure, the best first, and their positions in it."""
-    own = logits[structure.span]
-    order = structure.ranking(own) if structure.size else torch.zeros(0, dtype=torch.long)
-    return own[order], order
 
 
 def _top(ranked: list[tuple[Tensor, Tensor]], counts: list[int], space: MaskSpace) -> Tensor:

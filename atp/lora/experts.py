@@ -84,9 +84,9 @@ STACKED = ("gate_up_proj", "down_proj")
 
 
 class ExpertAdapter(nn.Module):
-    """Placed before PEFT's wrapper of stacked weights, which adds B A to all of them in every pass.
+    """Placed before PEFT's wrapper of stacked weights, which forms W + s B A of all experts in every pass.
 
-    Where it is the only adapter and not merged, the experts multiply by A and B instead (`MaskedChannels`).
+    If this adapter is alone and not merged, the experts multiply by A and B instead (`MaskedChannels`).
     """
 
     @property
@@ -131,7 +131,8 @@ class MaskedChannels(nn.Module):
         """Sets the state of a pass without masks."""
         self.out_mask: Tensor | None = None
         self.observed: Tensor | None = None
-        vars(self)["adapters"] = {}  # by the weights that they are on: no part of this module, which is a part of them
+        # By the weights that they are on, and not as submodules: this module is inside the adapters.
+        vars(self)["adapters"] = {}
 
     def set_masks(self, out_mask: Tensor | None, in_mask: Tensor | None, *, mask_lora: bool = False) -> None:
         """Sets the mask of the next passes, of what base weights and an adapter make together."""
@@ -158,12 +159,12 @@ class MaskedChannels(nn.Module):
         if self.out_mask is not None:
             values = (values * self.out_mask.view(module.num_experts, -1)[expert]).to(values.dtype)
         if self.observed is not None and torch.is_grad_enabled():
-            sample = order // taken // (tokens // self.rows)
+            sample = order // taken // max(tokens // self.rows, 1)
             values = _seen(values, self.observed, sample, counts)
         given = torch.cat([product(x) for product, x in zip(down, values.split(counts), strict=True)])
         weighted = given * top_k_weights.flatten()[order, None]
         every = torch.empty_like(weighted).index_copy(0, order, weighted)
-        return every.view(tokens, taken, -1).sum(1).to(hidden_states.dtype)
+        return every.view(tokens, taken, every.shape[1]).sum(1).to(hidden_states.dtype)
 
 
 def _products(module: Any, name: str, adapter: ExpertAdapter | None) -> list[Callable[[Tensor], Tensor]]:

@@ -191,8 +191,8 @@ def _check_mask(space: MaskSpace, mask: Tensor) -> None:
                 f"decisions: keep at least {'one' if structure.least == 1 else structure.least}, because "
                 + ("without it there is no block left" if structure.least == 1 else _who_takes(structure))
             )
-        by_group = mask[structure.span].view(structure.groups, -1).sum(1) if structure.size else torch.zeros(1)
-        if not torch.equal(by_group, by_group[:1].expand_as(by_group)):
+        by_group = mask[structure.span].view(structure.groups, structure.size // structure.groups).sum(1)
+        if by_group.min() < by_group.max():
             raise ValueError(
                 f"layer {structure.layer} would keep from {int(by_group.min())} to {int(by_group.max())} channels of "
                 "its experts, whose weights are stacked: keep equally many of each"

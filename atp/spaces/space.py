@@ -84,8 +84,8 @@ class Structure:
     reader: the linear that reads this structure on its input side and ends its residual block; None without one.
     multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
     cuda_multiples: those that come before them where the model trains on CUDA.
-    unit: what the number of a group is a multiple of in any case, where the config does not ask for another multiple.
-    groups: decisions lie in so many groups of one size, one after the other, of which a cut keeps equally many each.
+    groups: how many groups of equal size the decisions form, one after the other; a cut keeps equally many of each.
+    unit: the multiple for the kept count of each group, where the config gives none.
     remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
     least: the smallest number of decisions that a layer may keep, where it keeps any.
     block: the residual block (`self_attn`, `mlp`) that adds nothing without these decisions, so that all may go; None
@@ -114,9 +114,9 @@ class Structure:
         return slice(self.start, self.start + self.size)
 
     def step(self, multiples: Mapping[str, int]) -> int:
-        """What a count of kept decisions is a multiple of, unless all stay; multiples: structure name -> its own.
+        """The multiple for the number of kept decisions: that of one group times the number of groups.
 
-        That of one group times their number.
+        multiples: from a structure's name to the multiple of one group. All decisions may always stay.
         """
         return multiples.get(self.name, self.unit) * self.groups
 
@@ -125,8 +125,9 @@ class Structure:
 
         The first n * groups of them are n of each group. Of equal values the first come first.
         """
-        order = values.view(self.groups, -1).argsort(dim=1, descending=True, stable=True)
-        starts = torch.arange(self.groups, device=values.device) * (self.size // self.groups)
+        each = self.size // self.groups
+        order = values.view(self.groups, each).argsort(dim=1, descending=True, stable=True)
+        starts = torch.arange(self.groups, device=values.device) * each
         return (order + starts[:, None]).T.flatten()
 
     def first(self, count: int) -> Tensor:

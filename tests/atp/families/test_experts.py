@@ -209,6 +209,27 @@ def test_removed_channels_are_zero_where_down_reads_them_and_the_cut_model_lacks
     assert_close(cut_model(cut, again, torch.ones(again.size, dtype=torch.bool))(ids).logits, expected, **IN_FLOAT32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_take_any_layout_and_no_tokens(name, dtype):
+    """Strided and expanded operands, experts that nobody chose, no tokens at all; with LoRA, masked and observed."""
+    model = build(name, dtype)
+    space = MaskSpace.from_config(model.config, "expert_channels")
+    lora = add_lora(model, space, r=2, alpha=4.0, dropout=0.0, experts=True)
+    experts = lora.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    taken, size = EXPERTS[name]["num_experts_per_tok"], space.structures[0].size
+    x, chosen = torch.randn(6, 64, dtype=dtype)[:, ::2], torch.arange(taken).expand(6, taken)
+    weights = torch.full((1, 1), 0.5, dtype=dtype).expand(6, taken)
+    experts.set_masks(torch.rand(size), None)
+    experts.rows, sums = 2, torch.zeros(2, size)
+    experts.observe(0, sums)
+    found = experts(x, chosen, weights)
+    assert torch.equal(found, experts(x.contiguous(), chosen.contiguous(), weights.contiguous()))
+    x = x[:0].clone().requires_grad_()
+    experts(x, chosen[:0], weights[:0]).sum().backward()
+    assert x.grad.shape == x.shape and not sums.any()
+
+
 def test_experts_with_unequal_numbers_of_channels_are_refused():
     """And fits never ask for them, whatever the logits."""
     model, space, _ = wrapped("qwen3_moe", torch.float32, "expert_channels")
@@ -225,56 +246,34 @@ def test_experts_with_unequal_numbers_of_channels_are_refused():
             assert (counts == counts[:, :1]).all() and (counts % multiple == 0).all() and counts.min() < each
 
 
+@pytest.mark.parametrize("space", EXPERT_SPACES)
 @pytest.mark.parametrize("name", EXPERTS)
-def test_each_sample_has_the_gradient_of_a_mask_on_channels(name):
-    """Of value * dL/d(value), summed over the tokens of a sample; the forward pass stays."""
-    model, space, lora = wrapped(name, space="expert_channels")
+def test_each_sample_has_the_gradient_of_a_mask(name, space):
+    """On what experts add, or on what their down projections read, summed over tokens; the forward pass stays."""
+    model, space, lora = wrapped(name, space=space)
     ids, plain = tokens(), by_formula(model, name)
-    worth = torch.ones(len(ids), space.size, dtype=torch.float64, requires_grad=True)
-    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
-        layer.mlp.channels = worth[:, structure.span]
-    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), worth)
+
+    def by_formula_under(mask):
+        for structure, layer in zip(space.structures, plain.model.layers, strict=True):
+            setattr(layer.mlp, "worth" if space.name == "experts" else "channels", mask[:, structure.span])
+        return plain(ids).logits.square().mean((1, 2)).sum()
+
+    ones = torch.ones(len(ids), space.size, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(by_formula_under(ones), ones)
     assert expected.count_nonzero() > expected.numel() // 2
     controller = MaskController(lora, space)
     for samples in (len(ids), 1):  # more samples of a batch than rows add up
         with controller.observer.observing(samples) as sums:
             logits = lora(ids).logits
             logits.square().mean((1, 2)).sum().backward()
-        assert_close(logits, lora(ids).logits, rtol=0, atol=1e-6)
+        assert_close(logits, lora(ids).logits, rtol=0, atol=0 if space.name == "experts" else 1e-6)
         wanted = expected if samples > 1 else expected.sum(0, keepdim=True)
         assert_close(controller.observer.gradients(sums), wanted.float(), rtol=1e-4, atol=1e-6)
+    # A soft mask, which is shared by the samples, has the sum; and its own values scale what it is on.
     values = (0.5 + torch.rand(space.size, dtype=torch.float64)).requires_grad_()
     with controller.masks(values, "soft"):
         found = torch.autograd.grad(lora(ids).logits.square().mean((1, 2)).sum(), values)[0]
-    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
-        layer.mlp.channels = values[None, structure.span]
-    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), values)
-    assert_close(found, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_each_sample_has_the_gradient_of_a_mask_on_what_experts_add(name):
-    """Of weight * <output, dL/d(output of the block)>, summed over the tokens of a sample; the forward pass stays."""
-    model, space, lora = wrapped(name)
-    ids, plain = tokens(), by_formula(model, name)
-    worth = torch.ones(len(ids), space.size, dtype=torch.float64, requires_grad=True)
-    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
-        layer.mlp.worth = worth[:, structure.span]
-    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), worth)
-    assert expected.count_nonzero() > expected.numel() // 2
-    controller = MaskController(lora, space)
-    with controller.observer.observing(len(ids)) as sums:
-        logits = lora(ids).logits
-        logits.square().mean((1, 2)).sum().backward()
-    assert torch.equal(logits, lora(ids).logits)
-    assert_close(controller.observer.gradients(sums), expected.float(), rtol=1e-4, atol=1e-6)
-    # A soft mask, which is shared by the samples, has the sum; and its own values scale what experts add.
-    values = (0.5 + torch.rand(space.size, dtype=torch.float64)).requires_grad_()
-    with controller.masks(values, "soft"):
-        found = torch.autograd.grad(lora(ids).logits.square().mean((1, 2)).sum(), values)[0]
-    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
-        layer.mlp.worth = values[structure.span].expand(len(ids), -1)
-    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), values)
+    (expected,) = torch.autograd.grad(by_formula_under(values.expand(len(ids), -1)), values)
     assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
