@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atp.config import TrainingConfig
+from atp.config.config import LoraSection
 from atp.families import Linear
 from atp.plan import cost
 from atp_kernels.linear.definition import masked_lora_linear
@@ -51,7 +52,7 @@ def test_operations_are_those_that_plan_counts(phase, widths, way):
     if way == "dense" and phase == "tune":
         widths = "whole"
     layer = getattr(SHAPES, widths)[0]
-    expected = 2 * cost.linear(layer) + (2 if phase == "decision" else 3) * cost.adapter(layer, RANK)
+    expected = 2 * cost.linear(layer) + (2 if phase == "decision" else 3) * cost.adapter(layer, LoraSection(r=RANK))
     rows = [k for k in kernels_of(step(phase, way)) if k.row in ("products", "adapter and masks")]
     assert sum(k.flops for k in rows) == pytest.approx(expected * TOKENS * SHAPES.layers, rel=1e-12)
 
